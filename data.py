@@ -1,0 +1,415 @@
+"""Pictures with captions: found, checked, split, fetched or drawn, and made into batches.
+
+from data import read_splits
+splits = read_splits("data/flickr8k")
+splits["train"].paths[0], splits["train"].captions[0]
+"""
+
+import csv
+import io
+import itertools
+import os
+import re
+import shutil
+import urllib.request
+import warnings
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageOps
+from tokenizers import Tokenizer
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from config import DEMO, Config, UserError, progress
+
+SPLITS = ("train", "dev", "test")
+LARGEST_HELD_OUT = 1000  # pictures in the dev and in the test split that are made here; as many as Flickr8k's own
+ARCHIVES = ("Flickr8k_Dataset.zip", "Flickr8k_text.zip")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Pictures, each once, with all their captions: `captions[i]` are those of `paths[i]`."""
+
+    paths: list[Path]
+    captions: list[list[str]]
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_splits(data_dir: str | Path) -> dict[str, Split]:
+    """Reads the pictures and captions of either layout, and says what it counted and left out.
+
+    The archives' layout: `Flicker8k_Dataset/`, `Flickr8k.token.txt` and `Flickr_8k.{train,dev,test}Images.txt`,
+    the text files beside the folder or in `Flickr8k_text/`. Kaggle's: `Images/` and `captions.txt`. Split lists
+    are used in either; where there are none, a tenth of the pictures each (at most 1,000) is held out for dev and
+    test, always the same ones.
+
+    Raises `UserError` naming the file and the row for what cannot be read, for a picture in two splits, for more
+    than 1 % of the captions without their picture, and for an empty split.
+    """
+    folder = Path(data_dir)
+    if not folder.is_dir():
+        raise UserError(f"--data-dir {data_dir}: no such folder")
+    pictures, captions_file, rows = _find_layout(folder)
+    captions = _captions_by_picture(rows, pictures, captions_file)
+    lists = _read_lists(captions_file.parent) or _draw_lists(sorted(captions))
+    unlisted = captions.keys() - set().union(*lists.values())
+    wordless = {path.relative_to(pictures).as_posix() for path in list_pictures(pictures)} - captions.keys()
+    if unlisted or wordless:
+        print(f"data: left out {len(unlisted)} pictures in no split list and {len(wordless)} without a caption")
+    splits = {}
+    for split, listed in lists.items():
+        names = sorted(listed & captions.keys())
+        if not names:
+            raise UserError(f"{folder}: the {split} split is empty; its pictures were looked for in {pictures}")
+        splits[split] = Split([pictures / name for name in names], [captions[name] for name in names])
+    sizes = ", ".join(f"{split} {len(part.paths):,}" for split, part in splits.items())
+    print(f"data: {folder}, {len(captions):,} pictures, {sum(map(len, captions.values())):,} captions; {sizes}")
+    return splits
+
+
+def _captions_by_picture(
+    rows: Iterable[tuple[str, str, str]], pictures: Path, captions_file: Path
+) -> dict[str, list[str]]:
+    """The captions of each picture that exists; Flickr8k itself has five of a picture that it lacks."""
+    captions: dict[str, list[str]] = {}
+    for where, name, caption in rows:
+        if not name or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError(f"{where}: picture {name!r} is not the name of a file inside {pictures}")
+        if caption := " ".join(caption.split()):
+            captions.setdefault(name, []).append(caption)
+    total = sum(map(len, captions.values()))
+    lost = {name: captions.pop(name) for name in list(captions) if not os.path.lexists(pictures / name)}
+    if lost:
+        count = sum(map(len, lost.values()))
+        message = (
+            f"{captions_file}: {count:,} of {total:,} captions are of no picture in {pictures}: {next(iter(lost))}"
+        )
+        if count > 0.01 * total:
+            raise UserError(f"{message}, ...; at most 1 % may be")
+        print(f"data: left out, {message}")
+    return captions
+
+
+def _find_layout(folder: Path) -> tuple[Path, Path, Iterator[tuple[str, str, str]]]:
+    """The folder of pictures, the file of captions, and its rows as (file and row, picture name, caption)."""
+    for text_folder in (folder, folder / "Flickr8k_text"):
+        tokens = text_folder / "Flickr8k.token.txt"
+        if tokens.is_file() and (folder / "Flicker8k_Dataset").is_dir():
+            return folder / "Flicker8k_Dataset", tokens, _read_tokens(tokens)
+    table = folder / "captions.txt"
+    if table.is_file() and (folder / "Images").is_dir():
+        return folder / "Images", table, _read_table(table)
+    raise UserError(f"{folder}: found neither Flicker8k_Dataset/ with Flickr8k.token.txt nor Images/ with captions.txt")
+
+
+def _read_text(path: Path) -> str:
+    """The text of a UTF-8 file, with or without a byte-order mark."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        row = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}, row {row}: not UTF-8; save the file as UTF-8") from None
+
+
+def _read_tokens(path: Path) -> Iterator[tuple[str, str, str]]:
+    """`name.jpg#0<TAB>caption`, the layout of Flickr8k's own archives."""
+    for row, line in enumerate(_read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        name, tab, caption = line.partition("\t")
+        if not tab:
+            raise UserError(f"{path}, row {row}: no tab between the picture and its caption")
+        yield f"{path}, row {row}", name.rpartition("#")[0].strip() or name.strip(), caption
+
+
+def _read_table(path: Path) -> Iterator[tuple[str, str, str]]:
+    """CSV with the columns `image` and `caption`. Read as text alone: "None" and "NA" are captions."""
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
+    columns = [column.strip() for column in next(reader, [])]
+    if not {"image", "caption"} <= set(columns):
+        raise UserError(f"{path}, row 1: columns {columns}, but 'image' and 'caption' are needed")
+    image, caption = columns.index("image"), columns.index("caption")
+    try:
+        for cells in reader:
+            if not any(cell.strip() for cell in cells):
+                continue
+            if len(cells) != len(columns):
+                raise csv.Error(f"{len(cells)} cells under {len(columns)} columns; quote captions that hold commas")
+            yield f"{path}, row {reader.line_num}", cells[image].strip(), cells[caption]
+    except csv.Error as error:
+        raise UserError(f"{path}, row {reader.line_num}: {error}") from None
+
+
+def _read_lists(folder: Path) -> dict[str, set[str]]:
+    """The names in `Flickr_8k.{train,dev,test}Images.txt`; empty where there is none of the three."""
+    files = {split: folder / f"Flickr_8k.{split}Images.txt" for split in SPLITS}
+    if not any(file.exists() for file in files.values()):
+        return {}
+    names = {split: {line.strip() for line in _read_text(file).splitlines()} - {""} for split, file in files.items()}
+    for one, other in itertools.combinations(SPLITS, 2):
+        if both := names[one] & names[other]:
+            raise UserError(f"{files[other]}: {min(both)} is in the {one} split too")
+    return names
+
+
+def _draw_lists(names: list[str]) -> dict[str, set[str]]:
+    """Splits by picture, so that no test picture is trained on with another of its captions; always the same way."""
+    held = min(len(names) // 10, LARGEST_HELD_OUT)
+    print(f"data: no split lists; by a fixed draw {held} pictures are held out for dev and {held} for test")
+    order = np.random.default_rng(0).permutation(names).tolist()
+    return {"train": set(order[2 * held :]), "dev": set(order[:held]), "test": set(order[held : 2 * held])}
+
+
+# ---------------------------------------------------------------- fetching and drawing
+
+
+def prepare_data_dir(config: Config) -> None:
+    """Fetches Flickr8k, or draws the demo's shapes, where the default folder is absent; any other must be there."""
+    folder = Path(config.data_dir)
+    if config.demo and config.data_dir == DEMO["data_dir"] and not folder.exists():
+        draw_shapes(folder)
+    elif config.data_dir == Config.data_dir and not folder.exists():
+        fetch_flickr8k(folder, config.download_url)
+
+
+def fetch_flickr8k(folder: Path, base_url: str) -> None:
+    """Downloads and unpacks both archives; `folder` appears at once, when everything in it is sound."""
+    print(f"data: {folder} is absent; fetching Flickr8k (1.1 GB, for non-commercial research only)")
+    unpacked = _empty_beside(folder)
+    for name in ARCHIVES:
+        url, archive = f"{base_url.rstrip('/')}/{name}", unpacked / name
+        try:
+            with urllib.request.urlopen(url) as response:
+                length = response.headers["Content-Length"]
+            torch.hub.download_url_to_file(url, str(archive))
+            if length and archive.stat().st_size != int(length):
+                raise OSError(f"only {archive.stat().st_size:,} of {int(length):,} bytes came")
+            with zipfile.ZipFile(archive) as members:
+                if damaged := members.testzip():
+                    raise OSError(f"{damaged} in it is damaged")
+                if any(".." in Path(member).parts or Path(member).is_absolute() for member in members.namelist()):
+                    raise OSError("a member of it climbs out of its folder")
+                members.extractall(unpacked)
+        except (OSError, zipfile.BadZipFile) as error:
+            raise UserError(
+                f"{url}: {error}. Run it again; or unpack {' and '.join(ARCHIVES)} into {folder} by hand, name a "
+                "folder that holds the data with --data-dir, or try --demo"
+            ) from None
+        archive.unlink()
+    unpacked.rename(folder)
+
+
+def _empty_beside(folder: Path) -> Path:
+    """An empty folder to fill and then rename, so that a half-filled one is never taken for whole."""
+    beside = folder.with_name(folder.name + ".part")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    return beside
+
+
+SIZES = {"small": 8, "large": 16}  # radius in pixels of 128; each of the nine places is a square of 42
+COLOURS = {"red": "#d62728", "green": "#2c8c3c", "blue": "#1f5ac8", "yellow": "#ebc814", "purple": "#823cb4"}
+SHAPES = {"circle": (60, 0), "triangle": (3, 0), "square": (4, 0), "diamond": (4, 45)}  # corners, and turned by
+PLACES = [f"{row} {column}" for row in ("top", "middle", "bottom") for column in ("left", "centre", "right")]
+WORDINGS = (  # of one shape, and what joins several
+    ("a {size} {colour} {shape} at the {place}", ", "),
+    ("{place}: {size} {colour} {shape}", "; "),
+    ("the {place} holds a {size} {shape} in {colour}", " and "),
+    ("one {colour} {shape}, {size}, in the {place}", ", with "),
+    ("there is a {size} {colour} {shape} on the {place}", " and "),
+)
+
+
+def draw_shapes(folder: Path, train: int = 4000, dev: int = 200, test: int = 200) -> None:
+    """Draws scenes of two or three coloured shapes into `folder`, in Kaggle's layout with split lists.
+
+    A scene is its set of (size, colour, shape, place); no two are equal. Each has five captions that name all of it
+    in other words and another order, so that each caption has one right picture.
+    """
+    drawing = _empty_beside(folder)
+    (drawing / "Images").mkdir()
+    rng = np.random.default_rng(0)
+    scenes: dict[frozenset, list[dict[str, str]]] = {}
+    while len(scenes) < train + dev + test:
+        scene = _invent_scene(rng)
+        scenes[frozenset(tuple(thing.values()) for thing in scene)] = scene
+    names = [f"{number:05d}.png" for number in range(len(scenes))]
+    rows = [("image", "caption")]
+    for name, scene in progress(zip(names, scenes.values()), f"drawing {folder}", total=len(names)):
+        _draw_scene(scene, rng).save(drawing / "Images" / name)
+        for words, joint in WORDINGS:
+            rows.append((name, joint.join(rng.permutation([words.format(**thing) for thing in scene]))))
+    with (drawing / "captions.txt").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+    for split, part in zip(SPLITS, (names[:train], names[train : train + dev], names[train + dev :])):
+        (drawing / f"Flickr_8k.{split}Images.txt").write_text("\n".join(part))
+    drawing.rename(folder)
+
+
+def _invent_scene(rng: np.random.Generator) -> list[dict[str, str]]:
+    kinds = {"size": list(SIZES), "colour": list(COLOURS), "shape": list(SHAPES)}
+    places = rng.choice(PLACES, size=rng.integers(2, 4), replace=False)
+    return [{kind: str(rng.choice(words)) for kind, words in kinds.items()} | {"place": str(at)} for at in places]
+
+
+def _draw_scene(scene: list[dict[str, str]], rng: np.random.Generator) -> Image.Image:
+    picture = Image.new("RGB", (128, 128), "#f5f5f0")
+    for thing in scene:
+        row, column = divmod(PLACES.index(thing["place"]), 3)
+        x, y = 128 / 3 * (np.array([column, row]) + rng.uniform(0.42, 0.58, size=2))
+        circle, (corners, turn) = (x, y, SIZES[thing["size"]]), SHAPES[thing["shape"]]
+        ImageDraw.Draw(picture).regular_polygon(circle, corners, turn, fill=COLOURS[thing["colour"]])
+    return picture
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def list_pictures(folder: Path) -> list[Path]:
+    """Every file under `folder` that is named like a picture, sorted."""
+    suffixes = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
+
+
+@contextmanager
+def open_picture(path: Path) -> Iterator[Image.Image]:
+    """Pillow's picture, of which only the header is read yet; what Pillow cannot read becomes a `UserError`."""
+    try:
+        with Image.open(path) as picture:
+            yield picture
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: cannot be read as a picture: {error}") from None
+
+
+def read_picture(path: Path) -> np.ndarray:
+    """The picture as (H, W, 3) `uint8`: upright, alpha over white, 16 bits scaled to 8; raises as `open_picture`."""
+    with open_picture(path) as picture:
+        picture = ImageOps.exif_transpose(picture)
+        if picture.mode.startswith("I"):  # 16 bits, which Pillow's own conversion would clip to white
+            picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8))
+        if picture.has_transparency_data:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        return np.array(picture.convert("RGB"))
+
+
+class Transform:
+    """Pictures at the encoder's size: (H, W, 3) to (S, S, 3), both `uint8`.
+
+    For evaluation the square in the middle is taken, as in the paper. For training `draw` decides a crop, brightness,
+    contrast and saturation, and a mirror image where the caption says neither left nor right.
+    """
+
+    def __init__(self, image_size: int) -> None:
+        # Imported here: a search over pictures that are already embedded needs none of it.
+        os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # or it asks the network for its newest version
+        import albumentations as A
+        import cv2
+
+        cv2.setNumThreads(0)  # its threads would not survive the fork into a loader worker
+        size = (image_size, image_size)
+        self.resize = A.Resize(*size, interpolation=cv2.INTER_AREA)  # which does not alias when it shrinks
+        self.augment = A.Compose(
+            [
+                A.RandomResizedCrop(size, scale=(0.6, 1.0), ratio=(0.8, 1.25), interpolation=cv2.INTER_AREA),
+                A.ColorJitter(brightness=(0.7, 1.3), contrast=(0.7, 1.3), saturation=(0.7, 1.3), hue=(0, 0), p=0.8),
+            ]
+        )
+
+    def __call__(self, pixels: np.ndarray) -> np.ndarray:
+        height, width = pixels.shape[:2]
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        return self.resize(image=pixels[top : top + side, left : left + side])["image"]
+
+    def draw(self, pixels: np.ndarray, caption: str, rng: np.random.Generator) -> np.ndarray:
+        # Compose draws from a generator of its own, of which every loader worker has a copy: seed it each time.
+        self.augment.set_random_seed(int(rng.integers(2**31)))
+        if rng.random() < 0.5 and not re.search(r"\b(left|right)\b", caption, re.IGNORECASE):
+            pixels = np.ascontiguousarray(pixels[:, ::-1])
+        return self.augment(image=pixels)["image"]
+
+
+class TrainingPictures(Dataset):
+    """One item per picture: its pixels (S, S, 3) `uint8`, and one of its captions, drawn anew each epoch.
+
+    Asked for (epoch, picture), so that every draw is a function of seed, epoch and picture alone: the same with any
+    number of workers, kept alive or not, and after a resume.
+    """
+
+    def __init__(self, split: Split, config: Config) -> None:
+        self.split, self.seed, self.augment = split, config.seed, config.augment
+        self.transform = Transform(config.image_size)
+
+    def __getitem__(self, epoch_and_picture: tuple[int, int]) -> tuple[np.ndarray, str]:
+        epoch, picture = epoch_and_picture
+        rng = np.random.default_rng((self.seed, epoch, picture))
+        captions = self.split.captions[picture]
+        caption = captions[rng.integers(len(captions))]
+        pixels = read_picture(self.split.paths[picture])
+        return self.transform.draw(pixels, caption, rng) if self.augment else self.transform(pixels), caption
+
+
+class EpochBatches(Sampler):
+    """Batches of (epoch, picture) in an order drawn from seed and epoch; the last short batch is dropped.
+
+    The epoch is handed over with each picture since workers that are kept alive never see a changed attribute.
+    """
+
+    def __init__(self, pictures: int, batch_size: int, seed: int) -> None:
+        self.pictures, self.batch_size, self.seed, self.epoch = pictures, batch_size, seed, 0
+
+    def __len__(self) -> int:
+        return self.pictures // self.batch_size
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.pictures)
+        for batch in order[: len(self) * self.batch_size].reshape(-1, self.batch_size).tolist():
+            yield [(self.epoch, picture) for picture in batch]
+
+
+def stack(pictures: Iterable[np.ndarray]) -> torch.Tensor:
+    """Pictures (S, S, 3) as one batch (B, 3, S, S), `uint8`, in channels-last memory."""
+    return torch.from_numpy(np.stack(list(pictures))).permute(0, 3, 1, 2)
+
+
+def tokenize(tokenizer: Tokenizer, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and mask, both (B, T) `int64`; T is the length of the longest of these texts."""
+    encodings = tokenizer.encode_batch(texts)
+    return torch.tensor([e.ids for e in encodings]), torch.tensor([e.attention_mask for e in encodings])
+
+
+def collate(items: list[tuple[np.ndarray, str]], tokenizer: Tokenizer) -> tuple[torch.Tensor, ...]:
+    """Items of `TrainingPictures` to one batch of pixels, token ids and mask."""
+    pictures, captions = zip(*items)
+    return stack(pictures), *tokenize(tokenizer, list(captions))
+
+
+def loader(dataset: Dataset, workers: int, collate_fn: Callable, **options) -> DataLoader:
+    """A `DataLoader` that leaves torch's own generator alone, which dropout draws from."""
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores do no harm here
+    return DataLoader(dataset, num_workers=workers, collate_fn=collate_fn, generator=torch.Generator(), **options)
+
+
+def training_loader(split: Split, tokenizer: Tokenizer, config: Config, device: torch.device) -> DataLoader:
+    """Batches for one epoch after another; set `batch_sampler.epoch` before each."""
+    return loader(
+        TrainingPictures(split, config),
+        config.num_workers,
+        partial(collate, tokenizer=tokenizer),
+        batch_sampler=EpochBatches(len(split.paths), config.batch_size, config.seed),
+        persistent_workers=config.num_workers > 0,
+        pin_memory=device.type == "cuda",
+    )

@@ -1,0 +1,350 @@
+"""Searches pictures with trained weights.
+
+python inference.py --weights runs/demo/best.pt --n 8
+python inference.py --weights runs/clip/best.pt --images ~/Pictures --query "a dog on a beach" --query "snow"
+python inference.py --weights runs/clip/best.pt --evaluate
+"""
+
+import hashlib
+import json
+import math
+import os
+import textwrap
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from config import SearchConfig, UserError, one_line_errors, parse, progress
+from data import Split, Transform, list_pictures, loader, read_picture, read_splits, stack, tokenize
+from models import Tower, load_tower, pick_device, read_weights, write_whole
+
+RECALLS_AT = (1, 5, 10)
+METRICS = [f"{way}_{name}" for way in ("t2i", "i2t") for name in (*(f"r{k}" for k in RECALLS_AT), "medr")]
+
+
+# ---------------------------------------------------------------- embedding
+
+
+class _Readable(Dataset):
+    """Pictures ready for the encoder, (S, S, 3) `uint8`; for one that cannot be read, the error."""
+
+    def __init__(self, paths: list[Path], image_size: int) -> None:
+        self.paths, self.transform = paths, Transform(image_size)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> np.ndarray | UserError:
+        try:
+            return self.transform(read_picture(self.paths[i]))
+        except UserError as error:
+            return error
+
+
+@torch.inference_mode()
+def embed_pictures(
+    encode_image: Callable[[Tensor], Tensor], paths: list[Path], image_size: int, device: torch.device, workers: int
+) -> tuple[Tensor, dict[int, UserError]]:
+    """Unit vectors (R, D) of the R readable ones of `paths`, in order, and what is wrong with each of the others."""
+    batches = loader(_Readable(paths, image_size), workers, collate_fn=list, batch_size=64)
+    embeddings, broken, done = [], {}, 0
+    for items in progress(batches, "embedding pictures", leave=False):
+        broken |= {done + i: item for i, item in enumerate(items) if isinstance(item, UserError)}
+        done += len(items)
+        if readable := [item for item in items if isinstance(item, np.ndarray)]:
+            embeddings.append(encode_image(stack(readable).to(device)).cpu())
+    return torch.cat(embeddings) if embeddings else torch.empty(0, 0), broken
+
+
+@torch.inference_mode()
+def embed_texts(
+    encode_text: Callable[[Tensor, Tensor], Tensor], tokenizer: Tokenizer, texts: list[str], device: torch.device
+) -> Tensor:
+    """Unit vectors (Q, D) on the CPU, in the order of `texts`."""
+    by_length = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # so that little of a batch is padding
+    embeddings = []
+    for start in progress(range(0, len(texts), 256), "embedding texts", leave=False):
+        ids, mask = tokenize(tokenizer, [texts[i] for i in by_length[start : start + 256]])
+        embeddings.append(encode_text(ids.to(device), mask.to(device)).cpu())
+    return torch.cat(embeddings)[np.argsort(by_length)]
+
+
+# ---------------------------------------------------------------- ranking
+
+
+def top_matches(query_embeddings: Tensor, image_embeddings: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """The n best pictures of each query: cosines and positions, both (Q, min(n, N)), best first."""
+    scores = query_embeddings @ image_embeddings.T  # (Q, D) @ (D, N)
+    return scores.topk(min(n, len(image_embeddings)))
+
+
+def retrieval_metrics(
+    image_embeddings: Tensor, text_embeddings: Tensor, picture_of_text: Tensor, block: int = 1024
+) -> dict[str, float]:
+    """Recalls at 1, 5 and 10 in percent, and median ranks, text to image (t2i) and image to text (i2t).
+
+    By the protocol of Hodosh et al. (2013), as the field uses it: each of the M texts ranks all N pictures, and each
+    picture all texts, where the first of its own texts counts. Whatever scores the same ranks before the right answer,
+    so that a model that tells nothing apart scores 0.
+
+    `image_embeddings` (N, D), `text_embeddings` (M, D), `picture_of_text` (M,): which of the N each text belongs to.
+    """
+    text_to_image, image_to_text = [], []
+    for start in range(0, len(text_embeddings), block):
+        scores = text_embeddings[start : start + block] @ image_embeddings.T  # (b, D) @ (D, N)
+        right = scores.gather(1, picture_of_text[start : start + block, None])  # (b, 1)
+        text_to_image.append((~(scores < right)).sum(dim=1))  # itself, and all that is not worse
+    for start in range(0, len(image_embeddings), block):
+        scores = image_embeddings[start : start + block] @ text_embeddings.T  # (b, D) @ (D, M)
+        own = picture_of_text == torch.arange(start, start + len(scores))[:, None]  # (b, M)
+        best = scores.masked_fill(~own, -math.inf).amax(dim=1, keepdim=True)  # (b, 1)
+        image_to_text.append(1 + (~(scores < best) & ~own).sum(dim=1))
+    metrics = []
+    for ranks in (torch.cat(text_to_image), torch.cat(image_to_text)):
+        metrics += [recall_at_k(ranks, k) for k in RECALLS_AT] + [float(np.median(ranks))]
+    return dict(zip(METRICS, metrics))
+
+
+def recall_at_k(ranks: Tensor, k: int) -> float:
+    """Percentage of `ranks`, counted from 1, that are among the first k."""
+    return 100 * (ranks <= k).double().mean().item()
+
+
+def evaluate(
+    encode_image: Callable[[Tensor], Tensor],
+    encode_text: Callable[[Tensor, Tensor], Tensor],
+    tokenizer: Tokenizer,
+    split: Split,
+    image_size: int,
+    device: torch.device,
+    workers: int,
+) -> dict[str, float]:
+    """`retrieval_metrics` of a split: each picture once, and all its captions."""
+    images, broken = embed_pictures(encode_image, split.paths, image_size, device, workers)
+    for error in broken.values():
+        raise error
+    texts = embed_texts(encode_text, tokenizer, [text for texts in split.captions for text in texts], device)
+    picture_of_text = [picture for picture, texts in enumerate(split.captions) for _ in texts]
+    return retrieval_metrics(images, texts, torch.tensor(picture_of_text))
+
+
+def describe(metrics: dict[str, float]) -> str:
+    """The metrics in two lines, one a direction."""
+    lines = []
+    for way, name in (("t2i", "text to image"), ("i2t", "image to text")):
+        recalls = " ".join(f"R@{k} {metrics[f'{way}_r{k}']:.1f}" for k in RECALLS_AT)
+        lines.append(f"{name}: {recalls}, median rank {metrics[f'{way}_medr']:g}")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- searching
+
+
+@dataclass(frozen=True)
+class Match:
+    """A picture that was found: its place for its query, from 1, and its cosine with it."""
+
+    rank: int
+    score: float
+    path: Path
+
+
+class Searcher:
+    """Trained weights, ready to be asked.
+
+    searcher = Searcher("runs/demo/best.pt")
+    for match in searcher.search(["a red circle"], images="my/folder", n=8)[0]:
+        print(match.rank, match.score, match.path)
+    """
+
+    def __init__(self, weights: str | Path, device: str = "auto", num_workers: int = 4) -> None:
+        """Raises `UserError` where `weights` is not a file of ours."""
+        self.weights_path = Path(weights)
+        self.weights = read_weights(weights)
+        self.config, self.tokenizer = self.weights["config"], self.weights["tokenizer"]
+        self.device, self.num_workers = pick_device(device), num_workers
+
+    @cached_property
+    def image_tower(self) -> Tower:
+        return load_tower(self.weights, "image").to(self.device, memory_format=torch.channels_last)
+
+    @cached_property
+    def text_tower(self) -> Tower:
+        return load_tower(self.weights, "text").to(self.device)
+
+    def search(self, queries: list[str], images: str = "", n: int = 8) -> list[list[Match]]:
+        """For each query its n best matches, best first, among the pictures in the folder `images` and below it;
+        without a folder, among the test pictures of the data set of the training."""
+        paths, image_embeddings = self.embed(images)
+        query_embeddings = embed_texts(self.text_tower, self.tokenizer, queries, self.device)
+        scores, positions = top_matches(query_embeddings, image_embeddings, n)
+        return [
+            [Match(rank, score, paths[position]) for rank, (score, position) in enumerate(zip(*found), start=1)]
+            for found in zip(scores.tolist(), positions.tolist())
+        ]
+
+    def embed(self, images: str = "") -> tuple[list[Path], Tensor]:
+        """The readable pictures and their embeddings (N, D), from the index beside the weights as far as it has them.
+
+        What can be reused is decided picture by picture, by path, size and time of change.
+        """
+        paths = self._list(images)
+        states = [_state(path) for path in paths]
+        width = self.config.projection_dim
+        index = _Index(self.weights_path, images or f"test pictures of {self.config.data_dir}", width)
+        known, embeddings = index.read()
+        if states == known:
+            return paths, torch.from_numpy(embeddings)
+        rows = {state: row for row, state in enumerate(known)}
+        new = [i for i, state in enumerate(states) if state not in rows]
+        if new:
+            fresh, broken = embed_pictures(
+                self.image_tower, [paths[i] for i in new], self.config.image_size, self.device, self.num_workers
+            )
+            if broken:
+                print(f"skipped {len(broken)} of {len(paths)} pictures:", *broken.values(), sep="\n  ")
+            readable = [i for position, i in enumerate(new) if position not in broken]
+            rows |= {states[i]: len(known) + row for row, i in enumerate(readable)}
+            embeddings = np.concatenate([embeddings, fresh.numpy().reshape(-1, width)])
+        kept = [i for i, state in enumerate(states) if state in rows]
+        if not kept:
+            raise UserError(f"{images}: holds no picture that can be read")
+        embeddings = embeddings[[rows[states[i]] for i in kept]]
+        index.write([states[i] for i in kept], embeddings)
+        return [paths[i] for i in kept], torch.from_numpy(embeddings)
+
+    def _list(self, images: str) -> list[Path]:
+        if not images:
+            if not Path(self.config.data_dir).is_dir():
+                raise UserError(f"{self.config.data_dir}, where the weights were trained, is not here; give --images")
+            return read_splits(self.config.data_dir)["test"].paths
+        if not Path(images).is_dir():
+            raise UserError(f"--images {images}: no such folder")
+        if not (paths := list_pictures(Path(images))):
+            raise UserError(f"--images {images}: holds no picture")
+        return paths
+
+
+State = tuple[str, int, int]
+
+
+def _state(path: Path) -> State:
+    """What tells a picture from its former self: its path, size in bytes and time of change in nanoseconds."""
+    try:
+        stat = path.stat()
+    except OSError:  # such as a dangling link; reading it will say what is wrong
+        return os.path.abspath(path), -1, -1
+    return os.path.abspath(path), stat.st_size, stat.st_mtime_ns
+
+
+class _Index:
+    """The embeddings of one folder's pictures, kept beside the weights that made them.
+
+    `NAME.json` lists the pictures; the array, a plain .npy (N, D) `float32` that is mapped into memory, bears in its
+    name the digest of that list, so that the two cannot be of different times.
+    """
+
+    def __init__(self, weights: Path, images: str, width: int) -> None:
+        self.width = width
+        with zipfile.ZipFile(weights) as archive:  # it holds a checksum of each tensor, which tells weights apart
+            checksums = [(member.filename, member.CRC) for member in archive.infolist()]
+        self.folder = weights.with_suffix(".index")
+        self.name = _digest(os.path.abspath(images) if Path(images).is_dir() else images)
+        self.weights = _digest(repr(checksums))
+
+    def read(self) -> tuple[list[State], np.ndarray]:
+        """Nothing where there is no index, or where it is not whole or of other weights."""
+        nothing = [], np.empty((0, self.width), np.float32)
+        listing = self.folder / f"{self.name}.json"
+        if not listing.is_file():
+            return nothing
+        try:
+            text = listing.read_text()
+            content = json.loads(text)
+            if content["weights"] != self.weights:
+                return nothing
+            states = [tuple(state) for state in content["pictures"]]
+            embeddings = np.load(self.folder / f"{self.name}-{_digest(text)}.npy", mmap_mode="c", allow_pickle=False)
+            if embeddings.shape != (len(states), self.width) or not np.isfinite(embeddings).all():
+                raise ValueError("its array does not fit its list")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            print(f"{listing}: damaged, made anew ({error})")
+            return nothing
+        return states, embeddings
+
+    def write(self, states: list[State], embeddings: np.ndarray) -> None:
+        text = json.dumps({"weights": self.weights, "pictures": states})
+        array = self.folder / f"{self.name}-{_digest(text)}.npy"
+        try:
+            self.folder.mkdir(exist_ok=True)
+            write_whole(array, lambda file: np.save(file, embeddings))
+            write_whole(self.folder / f"{self.name}.json", lambda file: file.write(text.encode()))
+        except (OSError, UserError) as error:
+            print(f"the index is not kept: {error}")
+            return
+        for former in set(self.folder.glob(f"{self.name}-*.npy")) - {array}:
+            former.unlink(missing_ok=True)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------- showing
+
+
+def draw_matches(queries: list[str], matches: list[list[Match]], output: Path) -> None:
+    """Draws a grid: each query, and below it its matches with rank, cosine and file name."""
+    from matplotlib.figure import Figure  # not pyplot: a figure alone never asks for a display
+
+    n = max(len(found) for found in matches)
+    columns = min(n, min(range(4, 9), key=lambda width: -n % width))  # as few empty places as can be
+    rows = math.ceil(n / columns)
+    height = len(queries) * (rows * 2.3 + 0.6)
+    figure = Figure(figsize=(max(columns, 2) * 2, height), dpi=min(110, 30_000 / height), layout="constrained")
+    blocks = np.atleast_1d(figure.subfigures(len(queries), 1))
+    for query, found, block in zip(queries, matches, blocks):
+        title = textwrap.shorten(query, 400)
+        block.suptitle("\n".join(textwrap.wrap(title, 13 * max(columns, 2))), parse_math=False)
+        axes = list(block.subplots(rows, columns, squeeze=False).flat)
+        for place in axes:
+            place.axis("off")
+        for match, place in zip(found, axes):
+            picture = Image.fromarray(read_picture(match.path))
+            picture.thumbnail((300, 300))
+            place.imshow(picture)
+            name = textwrap.shorten(match.path.name, 24) if " " in match.path.name else match.path.name[-24:]
+            place.set_title(f"{match.rank}.  {match.score:.3f}\n{name}", fontsize=8, parse_math=False)
+    write_whole(output, lambda file: figure.savefig(file, format=output.suffix[1:] or "png"))
+
+
+@one_line_errors
+def main(argv: list[str] | None = None) -> None:
+    config = parse(SearchConfig, argv)
+    searcher = Searcher(config.weights, config.device, config.num_workers)
+    if config.evaluate:
+        split = read_splits(searcher.config.data_dir)["test"]
+        towers, size = (searcher.image_tower, searcher.text_tower), searcher.config.image_size
+        print(describe(evaluate(*towers, searcher.tokenizer, split, size, searcher.device, config.num_workers)))
+        return
+    queries = config.query or [searcher.weights["example_query"]]
+    matches = searcher.search(queries, config.images, config.n)
+    for query, found in zip(queries, matches):
+        print(f"\n{query}\nrank  cosine  picture")
+        for match in found:
+            print(f"{match.rank:4}  {match.score:6.3f}  {match.path}")
+    draw_matches(queries, matches, Path(config.output))
+    print(f"\nsaved {config.output}")
+
+
+if __name__ == "__main__":
+    main()

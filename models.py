@@ -1,0 +1,356 @@
+"""CLIP: two encoders, a projection head on each, the contrastive loss, and the file that holds the weights.
+
+from models import load_clip, read_weights
+model = load_clip(read_weights("runs/demo/best.pt"))
+model.encode_image(pixels)  # (B, 3, S, S) uint8 to (B, D), each of unit length
+"""
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
+
+from config import Config, UserError
+
+MAX_LOGIT_SCALE = 100.0  # section 2.4: "clipped to prevent scaling the logits by more than 100"
+FORMAT = "clip weights 1"
+IMAGE_ENCODER_ARGS = {"num_classes", "in_chans", "global_pool", "img_size"}  # all that a weights file may ask of timm
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that is asked for; with "auto" CUDA where there is one, else MPS, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}; try auto or cpu") from None
+    return torch.device(name)
+
+
+class ImageEncoder(nn.Module):
+    """A timm model without its classifier: `uint8` pixels (B, 3, S, S) to features (B, width).
+
+    Mean and standard deviation are those of timm's config for the model. They are applied here, on the device.
+    """
+
+    def __init__(self, name: str, image_size: int, pretrained: bool = False, **arguments: Any) -> None:
+        super().__init__()
+        import timm  # here, since a search over embedded pictures does without it
+
+        self.model = timm.create_model(name, pretrained=pretrained, **{"num_classes": 0, **arguments})
+        for name in ("mean", "std"):
+            self.register_buffer(name, 255 * torch.tensor(self.model.pretrained_cfg[name]).view(1, 3, 1, 1))
+        with torch.no_grad():  # timm's num_features is not always the width of what comes out
+            self.width = self.eval()(torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8)).shape[-1]
+        self.train()
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        pixels = (pixels - self.mean) / self.std  # (B, 3, S, S)
+        return self.model(pixels.contiguous(memory_format=torch.channels_last))  # (B, width)
+
+
+class TextEncoder(nn.Module):
+    """A transformers encoder: token ids and mask (B, T) to the mean of its last hidden states (B, width)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.width = model.config.hidden_size
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state  # (B, T, width)
+        mask = mask.unsqueeze(-1).to(states.dtype)  # (B, T, 1): padding counts for nothing
+        return (states * mask).sum(dim=1) / mask.sum(dim=1)
+
+
+class ProjectionHead(nn.Module):
+    """From an encoder's features (B, width) into the shared space (B, D)."""
+
+    def __init__(self, width: int, projection_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.projection = nn.Linear(width, projection_dim)
+        self.linear = nn.Linear(projection_dim, projection_dim)
+        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(projection_dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        projected = self.projection(features)
+        return self.norm(projected + self.dropout(self.linear(F.gelu(projected))))
+
+
+class Tower(nn.Module):
+    """An encoder and its head: pixels, or token ids and mask, to unit vectors (B, D) in float32."""
+
+    def __init__(self, encoder: ImageEncoder | TextEncoder, config: Config) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = ProjectionHead(encoder.width, config.projection_dim, config.dropout)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return F.normalize(self.head(self.encoder(*inputs)).float(), dim=-1)
+
+
+class CLIP(nn.Module):
+    """The model of arXiv 2103.00020, section 2.3 and figure 3: two towers that meet in a dot product."""
+
+    def __init__(self, image: Tower, text: Tower, temperature: float) -> None:
+        super().__init__()
+        self.image, self.text = image, text
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """`uint8` pixels (B, 3, S, S) to unit vectors (B, D)."""
+        return self.image(pixels)
+
+    def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Token ids and mask (B, T) to unit vectors (B, D)."""
+        return self.text(ids, mask)
+
+    def forward(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Both embeddings (B, D) and the scale of the logits, 1 / temperature."""
+        return self.encode_image(pixels), self.encode_text(ids, mask), self.logit_scale.exp()
+
+    @torch.no_grad()
+    def clamp_temperature(self) -> None:
+        self.logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
+
+
+def contrastive_loss(image_embeddings: Tensor, text_embeddings: Tensor, logit_scale: Tensor) -> Tensor:
+    """The symmetric contrastive loss (section 2.3, figure 3): each picture finds its text, each text its picture.
+
+    Takes unit vectors (B, D), of which the i-th of each belong together, and returns the mean of the two
+    cross-entropies over the batch, in nats. A model that knows nothing scores about ln(B).
+    """
+    logits = logit_scale * image_embeddings @ text_embeddings.T  # (B, D) @ (D, B)
+    matches = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, matches) + F.cross_entropy(logits.T, matches)) / 2
+
+
+# ---------------------------------------------------------------- building
+
+
+def build_image_encoder(config: Config) -> ImageEncoder:
+    """Any timm model at the configured size, with its pretrained weights or without."""
+    from timm.models import resolve_model_input_args
+
+    try:
+        # A model made for one size, such as a ViT, must be told of another.
+        size = resolve_model_input_args(config.image_encoder, {"img_size": config.image_size}).get("img_size")
+        arguments = {"img_size": size} if size else {}
+        encoder = ImageEncoder(config.image_encoder, config.image_size, config.pretrained, **arguments)
+    except (OSError, RuntimeError, ValueError, AssertionError) as error:
+        raise _unavailable("--image-encoder", config.image_encoder, "local-dir:FOLDER", error) from None
+    if unknown := encoder.model._model_args.keys() - IMAGE_ENCODER_ARGS:
+        raise UserError(f"--image-encoder {config.image_encoder}: cannot be rebuilt from weights, it needs {unknown}")
+    return encoder
+
+
+def load_text_encoder(config: Config) -> tuple[TextEncoder, Tokenizer]:
+    """A pretrained transformers encoder, by name or folder, and its tokeniser."""
+    from transformers import AutoModel, AutoTokenizer
+
+    _quiet_hub()
+    name = config.text_encoder
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModel.from_pretrained(name, dtype=torch.float32)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise _unavailable("--text-encoder", name, "a folder", error) from None
+    return TextEncoder(_text_model(name, model)), _plain_tokenizer(name, tokenizer, config.max_length)
+
+
+def text_encoder_from_scratch(config: Config, captions: list[str]) -> tuple[TextEncoder, Tokenizer]:
+    """An untrained encoder of the named architecture; needs no network.
+
+    With a folder, its config and tokeniser are used. With a name, such as "distilbert" or "bert-base-uncased", the
+    architecture's default config, and word pieces learnt from `captions`.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoTokenizer
+
+    name = config.text_encoder
+    if Path(name).is_dir():
+        model_config = AutoConfig.from_pretrained(name)
+        tokenizer = _plain_tokenizer(name, AutoTokenizer.from_pretrained(name), config.max_length)
+    else:
+        kinds = [kind for kind in CONFIG_MAPPING if name.rpartition("/")[2].lower().startswith(kind)]
+        if not kinds:
+            raise UserError(f"--text-encoder {name}: begins with no architecture that transformers knows")
+        tokenizer = learn_word_pieces(captions, config.max_length)
+        model_config = AutoConfig.for_model(max(kinds, key=len), vocab_size=tokenizer.get_vocab_size(), pad_token_id=0)
+    if config.text_layers:
+        model_config.num_hidden_layers = config.text_layers
+    if config.text_width:
+        model_config.hidden_size = config.text_width
+        model_config.num_attention_heads = max(1, config.text_width // 64)
+        inner = "hidden_dim" if hasattr(model_config, "hidden_dim") else "intermediate_size"
+        setattr(model_config, inner, 4 * config.text_width)
+    return TextEncoder(_text_model(name, AutoModel.from_config(model_config))), tokenizer
+
+
+def learn_word_pieces(captions: list[str], max_length: int) -> Tokenizer:
+    """BERT's kind of tokeniser, with a vocabulary learnt from `captions`."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    tokenizer.train_from_iterator(
+        captions, trainers.WordPieceTrainer(vocab_size=30_000, special_tokens=special, show_progress=False)
+    )
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    tokenizer.enable_padding(pad_id=0, pad_token="[PAD]")
+    tokenizer.enable_truncation(max_length)
+    return tokenizer
+
+
+def freeze_unused_parameters(model: nn.Module, *inputs: Tensor) -> None:
+    """Freezes what gets no gradient, such as the pooler that BERT carries for another task."""
+    model.eval()  # leaves batch-norm statistics and torch's generator alone
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad(model(*inputs).sum(), parameters, allow_unused=True)
+    for parameter, gradient in zip(parameters, gradients):
+        parameter.requires_grad_(gradient is not None)
+    model.train()
+
+
+def _text_model(name: str, model: nn.Module) -> nn.Module:
+    if model.config.is_encoder_decoder or not hasattr(model.config, "vocab_size"):
+        raise UserError(f"--text-encoder {name}: a {model.config.model_type} model is not a text encoder")
+    return model
+
+
+def _plain_tokenizer(name: str, tokenizer: Any, max_length: int) -> Tokenizer:
+    """The fast tokeniser inside transformers' own, padding to the longest text it is given."""
+    if not tokenizer.is_fast or tokenizer.pad_token is None:
+        raise UserError(f"--text-encoder {name}: its tokeniser is not a fast one with a padding token")
+    plain = tokenizer.backend_tokenizer
+    plain.enable_padding(pad_id=tokenizer.pad_token_id, pad_token=tokenizer.pad_token)
+    plain.enable_truncation(min(max_length, tokenizer.model_max_length))
+    return plain
+
+
+def _quiet_hub() -> None:
+    """Leaves the one message about weights that cannot be fetched to us."""
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging as transformers_logging
+
+    hub_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def _unavailable(flag: str, name: str, folder: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:150]
+    return UserError(
+        f"{flag} {name}: cannot be loaded ({reason}). Point to {folder} that holds it, start from random weights with "
+        "--no-pretrained, or try --demo"
+    )
+
+
+# ---------------------------------------------------------------- weights
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Replaces `path` at once: at no instant is it missing or half-written, even if the process is killed."""
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        with beside.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except (OSError, RuntimeError) as error:
+        beside.unlink(missing_ok=True)
+        raise UserError(f"{path}: could not be written, what was there stands: {error}") from None
+
+
+def pack_weights(model: CLIP, tokenizer: Tokenizer, config: Config, example_query: str) -> dict[str, Any]:
+    """All that search needs, as tensors and plain values, with no path of this machine."""
+    image_model, text_config = model.image.encoder.model, model.text.encoder.model.config.to_dict()
+    text_config.pop("_name_or_path", None)
+    architecture = image_model.pretrained_cfg["architecture"]
+    portable = replace(
+        config,
+        data_dir=Path(os.path.relpath(config.data_dir)).as_posix(),
+        image_encoder=architecture if ":" in config.image_encoder else config.image_encoder,
+        text_encoder=text_config["model_type"] if Path(config.text_encoder).exists() else config.text_encoder,
+        resume="",
+    )
+    return {
+        "format": FORMAT,
+        "config": asdict(portable),
+        "image_encoder": {"name": architecture, "arguments": image_model._model_args},
+        "text_encoder": text_config,
+        "tokenizer": tokenizer.to_str(),
+        "example_query": example_query,
+        "model": model.state_dict(),
+    }
+
+
+def read_weights(path: str | Path) -> dict[str, Any]:
+    """The content of a weights file; its "config" a `Config`, its "tokenizer" a `Tokenizer`.
+
+    The file may come from anywhere: nothing in it is run. Raises `UserError` for one that is not ours.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such weights file")
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if weights["format"] != FORMAT:
+            raise ValueError(f"its format is {weights['format']!r}")
+        weights["config"] = Config(**weights["config"])
+        weights["tokenizer"] = Tokenizer.from_str(weights["tokenizer"])
+    except Exception as error:  # whatever a hostile or damaged file can bring about
+        reason = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
+        raise UserError(f"{path}: not a whole weights file of this program: {reason}") from None
+    return weights
+
+
+def load_tower(weights: dict[str, Any], which: str) -> Tower:
+    """The "image" or the "text" tower of `weights`, in evaluation mode, rebuilt from what they hold alone."""
+    prefix = which + "."
+    state = {name.removeprefix(prefix): value for name, value in weights["model"].items() if name.startswith(prefix)}
+    with torch.device("meta"):  # sizes are held against the tensors before memory is taken
+        expected = {name: value.shape for name, value in _empty_tower(weights, which).state_dict().items()}
+    if expected != {name: value.shape for name, value in state.items()}:
+        raise UserError(f"the weights of the {which} encoder do not fit the model that their file describes")
+    tower = _empty_tower(weights, which)
+    tower.load_state_dict(state)
+    return tower.eval()
+
+
+def load_clip(weights: dict[str, Any]) -> CLIP:
+    """The whole model, in evaluation mode."""
+    model = CLIP(load_tower(weights, "image"), load_tower(weights, "text"), weights["config"].temperature)
+    model.logit_scale.data.copy_(weights["model"]["logit_scale"])
+    return model.eval()
+
+
+def _empty_tower(weights: dict[str, Any], which: str) -> Tower:
+    return Tower(_image_encoder(weights) if which == "image" else _text_encoder(weights), weights["config"])
+
+
+def _image_encoder(weights: dict[str, Any]) -> ImageEncoder:
+    import timm
+
+    name, arguments = weights["image_encoder"]["name"], weights["image_encoder"]["arguments"]
+    if name not in timm.list_models() or not arguments.keys() <= IMAGE_ENCODER_ARGS:
+        raise UserError(f"weights: {name!r} with {sorted(arguments)} is not an image encoder that timm has")
+    return ImageEncoder(name, weights["config"].image_size, **arguments)
+
+
+def _text_encoder(weights: dict[str, Any]) -> TextEncoder:
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
+
+    stored = dict(weights["text_encoder"])
+    kind = stored.pop("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise UserError(f"weights: {kind!r} is not a text encoder that transformers has")
+    return TextEncoder(_text_model(kind, AutoModel.from_config(AutoConfig.for_model(kind, **stored))))
