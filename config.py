@@ -35,7 +35,7 @@ class Config:
     )
     download_url: str = HfArg(default=FLICKR8K_URL, help="where the two Flickr8k archives are fetched from")
     image_size: int = HfArg(default=224, help="side of the square pictures, in pixels; what the encoders saw before")
-    max_length: int = HfArg(default=64, help="longer captions are cut, in tokens; the longest of Flickr8k has 45")
+    max_length: int = HfArg(default=64, help="longer captions are cut, in tokens; Flickr8k's are up to 42 long")
     augment: bool = HfArg(default=True, help="crop, mirror and recolour training pictures, so that few go further")
     num_workers: int = HfArg(default=4, help="processes that read pictures ahead of the model; 0 reads in the loop")
     # model

@@ -31,6 +31,7 @@ from config import DEMO, Config, UserError, progress
 SPLITS = ("train", "dev", "test")
 LARGEST_HELD_OUT = 1000  # pictures in the dev and in the test split that are made here; as many as Flickr8k's own
 ARCHIVES = ("Flickr8k_Dataset.zip", "Flickr8k_text.zip")
+Row = tuple[str, str, str]  # of a caption file: where it stands there, the picture's name, the caption
 
 
 @dataclass(frozen=True)
@@ -41,19 +42,15 @@ class Split:
     captions: list[list[str]]
 
 
-# ---------------------------------------------------------------- reading
-
-
 def read_splits(data_dir: str | Path) -> dict[str, Split]:
-    """Reads the pictures and captions of either layout, and says what it counted and left out.
+    """Reads the pictures and captions of a folder, and says what it counted and left out.
 
-    The archives' layout: `Flicker8k_Dataset/`, `Flickr8k.token.txt` and `Flickr_8k.{train,dev,test}Images.txt`,
-    the text files beside the folder or in `Flickr8k_text/`. Kaggle's: `Images/` and `captions.txt`. Split lists
-    are used in either; where there are none, a tenth of the pictures each (at most 1,000) is held out for dev and
-    test, always the same ones.
+    Either layout will do: the archives' (`Flicker8k_Dataset/`, `Flickr8k.token.txt`, the text files beside the folder
+    or in `Flickr8k_text/`) or Kaggle's (`Images/`, `captions.txt`). The lists `Flickr_8k.{train,dev,test}Images.txt`
+    are used in both; without them a tenth of the pictures each, always the same, is held out for dev and test.
 
-    Raises `UserError` naming the file and the row for what cannot be read, for a picture in two splits, for more
-    than 1 % of the captions without their picture, and for an empty split.
+    Raises `UserError`, naming file and row, for what cannot be read, a picture in two splits, an empty split, and more
+    than 1 % of the captions without their picture.
     """
     folder = Path(data_dir)
     if not folder.is_dir():
@@ -76,9 +73,7 @@ def read_splits(data_dir: str | Path) -> dict[str, Split]:
     return splits
 
 
-def _captions_by_picture(
-    rows: Iterable[tuple[str, str, str]], pictures: Path, captions_file: Path
-) -> dict[str, list[str]]:
+def _captions_by_picture(rows: Iterable[Row], pictures: Path, captions_file: Path) -> dict[str, list[str]]:
     """The captions of each picture that exists; Flickr8k itself has five of a picture that it lacks."""
     captions: dict[str, list[str]] = {}
     for where, name, caption in rows:
@@ -90,17 +85,15 @@ def _captions_by_picture(
     lost = {name: captions.pop(name) for name in list(captions) if not os.path.lexists(pictures / name)}
     if lost:
         count = sum(map(len, lost.values()))
-        message = (
-            f"{captions_file}: {count:,} of {total:,} captions are of no picture in {pictures}: {next(iter(lost))}"
-        )
+        message = f"{captions_file}: {count:,} of {total:,} captions have no picture in {pictures}: {next(iter(lost))}"
         if count > 0.01 * total:
             raise UserError(f"{message}, ...; at most 1 % may be")
         print(f"data: left out, {message}")
     return captions
 
 
-def _find_layout(folder: Path) -> tuple[Path, Path, Iterator[tuple[str, str, str]]]:
-    """The folder of pictures, the file of captions, and its rows as (file and row, picture name, caption)."""
+def _find_layout(folder: Path) -> tuple[Path, Path, Iterator[Row]]:
+    """The folder of pictures, the file of captions, and its rows."""
     for text_folder in (folder, folder / "Flickr8k_text"):
         tokens = text_folder / "Flickr8k.token.txt"
         if tokens.is_file() and (folder / "Flicker8k_Dataset").is_dir():
@@ -122,7 +115,7 @@ def _read_text(path: Path) -> str:
         raise UserError(f"{path}, row {row}: not UTF-8; save the file as UTF-8") from None
 
 
-def _read_tokens(path: Path) -> Iterator[tuple[str, str, str]]:
+def _read_tokens(path: Path) -> Iterator[Row]:
     """`name.jpg#0<TAB>caption`, the layout of Flickr8k's own archives."""
     for row, line in enumerate(_read_text(path).split("\n"), start=1):
         if not line.strip():
@@ -133,7 +126,7 @@ def _read_tokens(path: Path) -> Iterator[tuple[str, str, str]]:
         yield f"{path}, row {row}", name.rpartition("#")[0].strip() or name.strip(), caption
 
 
-def _read_table(path: Path) -> Iterator[tuple[str, str, str]]:
+def _read_table(path: Path) -> Iterator[Row]:
     """CSV with the columns `image` and `caption`. Read as text alone: "None" and "NA" are captions."""
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
@@ -172,9 +165,6 @@ def _draw_lists(names: list[str]) -> dict[str, set[str]]:
     return {"train": set(order[2 * held :]), "dev": set(order[:held]), "test": set(order[held : 2 * held])}
 
 
-# ---------------------------------------------------------------- fetching and drawing
-
-
 def prepare_data_dir(config: Config) -> None:
     """Fetches Flickr8k, or draws the demo's shapes, where the default folder is absent; any other must be there."""
     folder = Path(config.data_dir)
@@ -194,8 +184,8 @@ def fetch_flickr8k(folder: Path, base_url: str) -> None:
             with urllib.request.urlopen(url) as response:
                 length = response.headers["Content-Length"]
             torch.hub.download_url_to_file(url, str(archive))
-            if length and archive.stat().st_size != int(length):
-                raise OSError(f"only {archive.stat().st_size:,} of {int(length):,} bytes came")
+            if length and (came := archive.stat().st_size) != int(length):
+                raise OSError(f"only {came:,} of {int(length):,} bytes came")
             with zipfile.ZipFile(archive) as members:
                 if damaged := members.testzip():
                     raise OSError(f"{damaged} in it is damaged")
@@ -203,10 +193,8 @@ def fetch_flickr8k(folder: Path, base_url: str) -> None:
                     raise OSError("a member of it climbs out of its folder")
                 members.extractall(unpacked)
         except (OSError, zipfile.BadZipFile) as error:
-            raise UserError(
-                f"{url}: {error}. Run it again; or unpack {' and '.join(ARCHIVES)} into {folder} by hand, name a "
-                "folder that holds the data with --data-dir, or try --demo"
-            ) from None
+            by_hand = f"unpack {' and '.join(ARCHIVES)} into {folder} by hand, give a --data-dir that exists"
+            raise UserError(f"{url}: {error}. Run it again, or {by_hand}, or try --demo") from None
         archive.unlink()
     unpacked.rename(folder)
 
@@ -247,7 +235,7 @@ def draw_shapes(folder: Path, train: int = 4000, dev: int = 200, test: int = 200
         scenes[frozenset(tuple(thing.values()) for thing in scene)] = scene
     names = [f"{number:05d}.png" for number in range(len(scenes))]
     rows = [("image", "caption")]
-    for name, scene in progress(zip(names, scenes.values()), f"drawing {folder}", total=len(names)):
+    for name, scene in zip(progress(names, f"drawing {folder}"), scenes.values()):
         _draw_scene(scene, rng).save(drawing / "Images" / name)
         for words, joint in WORDINGS:
             rows.append((name, joint.join(rng.permutation([words.format(**thing) for thing in scene]))))
@@ -272,9 +260,6 @@ def _draw_scene(scene: list[dict[str, str]], rng: np.random.Generator) -> Image.
         circle, (corners, turn) = (x, y, SIZES[thing["size"]]), SHAPES[thing["shape"]]
         ImageDraw.Draw(picture).regular_polygon(circle, corners, turn, fill=COLOURS[thing["colour"]])
     return picture
-
-
-# ---------------------------------------------------------------- pictures
 
 
 def list_pictures(folder: Path) -> list[Path]:
@@ -321,12 +306,9 @@ class Transform:
         cv2.setNumThreads(0)  # its threads would not survive the fork into a loader worker
         size = (image_size, image_size)
         self.resize = A.Resize(*size, interpolation=cv2.INTER_AREA)  # which does not alias when it shrinks
-        self.augment = A.Compose(
-            [
-                A.RandomResizedCrop(size, scale=(0.6, 1.0), ratio=(0.8, 1.25), interpolation=cv2.INTER_AREA),
-                A.ColorJitter(brightness=(0.7, 1.3), contrast=(0.7, 1.3), saturation=(0.7, 1.3), hue=(0, 0), p=0.8),
-            ]
-        )
+        crop = A.RandomResizedCrop(size, scale=(0.6, 1.0), ratio=(0.8, 1.25), interpolation=cv2.INTER_AREA)
+        jitter = A.ColorJitter(brightness=(0.7, 1.3), contrast=(0.7, 1.3), saturation=(0.7, 1.3), hue=(0, 0), p=0.8)
+        self.augment = A.Compose([crop, jitter])
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
         height, width = pixels.shape[:2]
@@ -345,8 +327,8 @@ class Transform:
 class TrainingPictures(Dataset):
     """One item per picture: its pixels (S, S, 3) `uint8`, and one of its captions, drawn anew each epoch.
 
-    Asked for (epoch, picture), so that every draw is a function of seed, epoch and picture alone: the same with any
-    number of workers, kept alive or not, and after a resume.
+    Asked for (epoch, picture): every draw is a function of seed, epoch and picture alone, so that it is the same with
+    any number of workers, kept alive or not, and after a resume.
     """
 
     def __init__(self, split: Split, config: Config) -> None:
@@ -365,7 +347,7 @@ class TrainingPictures(Dataset):
 class EpochBatches(Sampler):
     """Batches of (epoch, picture) in an order drawn from seed and epoch; the last short batch is dropped.
 
-    The epoch is handed over with each picture since workers that are kept alive never see a changed attribute.
+    The epoch goes along with each picture since workers that are kept alive never see a changed attribute.
     """
 
     def __init__(self, pictures: int, batch_size: int, seed: int) -> None:

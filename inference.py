@@ -10,7 +10,6 @@ import json
 import math
 import os
 import textwrap
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -200,7 +199,8 @@ class Searcher:
         paths = self._list(images)
         states = [_state(path) for path in paths]
         width = self.config.projection_dim
-        index = _Index(self.weights_path, images or f"test pictures of {self.config.data_dir}", width)
+        name = os.path.abspath(images or self.config.data_dir) + ("" if images else " test split")
+        index = _Index(self.weights_path.with_suffix(".index"), name, self.weights["fingerprint"], width)
         known, embeddings = index.read()
         if states == known:
             return paths, torch.from_numpy(embeddings)
@@ -253,13 +253,8 @@ class _Index:
     name the digest of that list, so that the two cannot be of different times.
     """
 
-    def __init__(self, weights: Path, images: str, width: int) -> None:
-        self.width = width
-        with zipfile.ZipFile(weights) as archive:  # it holds a checksum of each tensor, which tells weights apart
-            checksums = [(member.filename, member.CRC) for member in archive.infolist()]
-        self.folder = weights.with_suffix(".index")
-        self.name = _digest(os.path.abspath(images) if Path(images).is_dir() else images)
-        self.weights = _digest(repr(checksums))
+    def __init__(self, folder: Path, name: str, weights: str, width: int) -> None:
+        self.folder, self.name, self.weights, self.width = folder, _digest(name), weights, width
 
     def read(self) -> tuple[list[State], np.ndarray]:
         """Nothing where there is no index, or where it is not whole or of other weights."""

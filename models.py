@@ -5,8 +5,10 @@ model = load_clip(read_weights("runs/demo/best.pt"))
 model.encode_image(pixels)  # (B, 3, S, S) uint8 to (B, D), each of unit length
 """
 
+import hashlib
 import math
 import os
+import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -295,18 +297,21 @@ def pack_weights(model: CLIP, tokenizer: Tokenizer, config: Config, example_quer
 
 
 def read_weights(path: str | Path) -> dict[str, Any]:
-    """The content of a weights file; its "config" a `Config`, its "tokenizer" a `Tokenizer`.
+    """The content of a weights file; its "config" a `Config`, its "tokenizer" a `Tokenizer`, and its "fingerprint".
 
     The file may come from anywhere: nothing in it is run. Raises `UserError` for one that is not ours.
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: no such weights file")
     try:
+        with zipfile.ZipFile(path) as archive:  # torch's format; it keeps a checksum of every tensor
+            checksums = repr([(member.filename, member.CRC) for member in archive.infolist()])
         weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if weights["format"] != FORMAT:
             raise ValueError(f"its format is {weights['format']!r}")
         weights["config"] = Config(**weights["config"])
         weights["tokenizer"] = Tokenizer.from_str(weights["tokenizer"])
+        weights["fingerprint"] = hashlib.sha256(checksums.encode()).hexdigest()
     except Exception as error:  # whatever a hostile or damaged file can bring about
         reason = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
         raise UserError(f"{path}: not a whole weights file of this program: {reason}") from None

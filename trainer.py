@@ -61,6 +61,12 @@ def main(argv: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         train(config, checkpoint)
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"out of memory, try a smaller --batch-size: {str(error).splitlines()[0]}") from None
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(f"a process that reads pictures died, try --num-workers 0: {error}") from None
     except KeyboardInterrupt:
         sys.exit(f"stopped; to go on: python trainer.py --resume {Path('runs', config.name, 'last.pt')}")
 
@@ -101,6 +107,8 @@ def train(config: Config, checkpoint: dict[str, Any] | None) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
     if not checkpoint:
         save_last(run)
+        for leftover in ("best.pt", "test.json", "curves.png"):  # of an earlier demo
+            (run.folder / leftover).unlink(missing_ok=True)
     for epoch in range(len(run.history), config.epochs):
         started = time.perf_counter()
         loss = train_epoch(run, epoch)
