@@ -47,6 +47,10 @@ class Config:
         help="any transformers text encoder, by name or folder; DistilBERT is BERT at half the cost",
     )
     pretrained: bool = HfArg(default=True, help="start from pretrained encoders: few pairs cannot teach what they know")
+    freeze_image_encoder: bool = HfArg(
+        default=False, help="train its head alone; batch norm and dropout stay still too"
+    )
+    freeze_text_encoder: bool = HfArg(default=False, help="train its head alone; dropout stays still too")
     text_layers: int = HfArg(default=0, help="layers of a text encoder from scratch; 0: as its architecture has")
     text_width: int = HfArg(default=0, help="width of a text encoder from scratch; 0: as its architecture has")
     projection_dim: int = HfArg(default=256, help="width of the space that pictures and texts share")
@@ -122,10 +126,16 @@ class SearchConfig:
     query: list[str] = HfArg(
         default_factory=list,
         metadata={"action": "extend"},
-        help="what to look for; may be repeated. Without one: a caption that the weights carry as their example",
+        help="what to look for; may be repeated; - reads a line each from standard input. Without one: a caption that "
+        "the weights carry as their example",
     )
     images: str = HfArg(default="", help="folder of pictures to rank; without one: the test pictures of the data set")
-    output: str = HfArg(default="matches.png", help="where the grid of pictures is drawn")
+    image: str = HfArg(
+        default="", help="asks the other way round: which --query, or else which caption, fits this file"
+    )
+    output: str = HfArg(
+        default="matches.png", help="by its ending a picture (.png, .jpg, .pdf, .svg) or a table (.csv)"
+    )
     evaluate: bool = HfArg(default=False, help="print the recalls on the data set's test split instead")
     num_workers: int = HfArg(default=4, help="processes that read pictures ahead of the model; 0 reads in the loop")
     device: str = HfArg(
@@ -136,6 +146,8 @@ class SearchConfig:
         _require_ranges(self, n=(1, 1_000_000), num_workers=(0, 256))
         if not all(query.strip() for query in self.query):
             raise ValueError("argument --query: empty, but some words are needed")
+        if not self.output.lower().endswith((".png", ".jpg", ".pdf", ".svg", ".csv")):
+            raise ValueError(f"argument --output: {self.output}, but it must end in .png, .jpg, .pdf, .svg or .csv")
 
 
 def _require_ranges(settings: Any, **ranges: tuple[float, float]) -> None:
@@ -186,6 +198,8 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
             main(argv)
         except UserError as error:
             sys.exit(f"error: {error}")
+        except (KeyboardInterrupt, EOFError):
+            sys.exit("stopped")
 
     return script
 

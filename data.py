@@ -29,7 +29,6 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from config import DEMO, Config, UserError, progress
 
 SPLITS = ("train", "dev", "test")
-LARGEST_HELD_OUT = 1000  # pictures in the dev and in the test split that are made here; as many as Flickr8k's own
 ARCHIVES = ("Flickr8k_Dataset.zip", "Flickr8k_text.zip")
 Row = tuple[str, str, str]  # of a caption file: where it stands there, the picture's name, the caption
 
@@ -40,6 +39,10 @@ class Split:
 
     paths: list[Path]
     captions: list[list[str]]
+
+    @property
+    def texts(self) -> list[str]:
+        return [caption for captions in self.captions for caption in captions]
 
 
 def read_splits(data_dir: str | Path) -> dict[str, Split]:
@@ -159,7 +162,7 @@ def _read_lists(folder: Path) -> dict[str, set[str]]:
 
 def _draw_lists(names: list[str]) -> dict[str, set[str]]:
     """Splits by picture, so that no test picture is trained on with another of its captions; always the same way."""
-    held = min(len(names) // 10, LARGEST_HELD_OUT)
+    held = min(len(names) // 10, 1000)  # Flickr8k holds out as many
     print(f"data: no split lists; by a fixed draw {held} pictures are held out for dev and {held} for test")
     order = np.random.default_rng(0).permutation(names).tolist()
     return {"train": set(order[2 * held :]), "dev": set(order[:held]), "test": set(order[held : 2 * held])}
@@ -193,8 +196,8 @@ def fetch_flickr8k(folder: Path, base_url: str) -> None:
                     raise OSError("a member of it climbs out of its folder")
                 members.extractall(unpacked)
         except (OSError, zipfile.BadZipFile) as error:
-            by_hand = f"unpack {' and '.join(ARCHIVES)} into {folder} by hand, give a --data-dir that exists"
-            raise UserError(f"{url}: {error}. Run it again, or {by_hand}, or try --demo") from None
+            by_hand = f"unpack {' and '.join(ARCHIVES)} into {folder}, give another --data-dir, or try --demo"
+            raise UserError(f"{url}: {error}. Run it again, or {by_hand}") from None
         archive.unlink()
     unpacked.rename(folder)
 

@@ -2,6 +2,7 @@
 
 python inference.py --weights runs/demo/best.pt --n 8
 python inference.py --weights runs/clip/best.pt --images ~/Pictures --query "a dog on a beach" --query "snow"
+python inference.py --weights runs/clip/best.pt --image photo.jpg --query "a dog" --query "a cat"
 python inference.py --weights runs/clip/best.pt --evaluate
 """
 
@@ -9,20 +10,22 @@ import hashlib
 import json
 import math
 import os
+import sys
 import textwrap
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure  # not pyplot: a figure alone never asks for a display
 from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from config import SearchConfig, UserError, one_line_errors, parse, progress
+from config import Config, SearchConfig, UserError, one_line_errors, parse, progress
 from data import Split, Transform, list_pictures, loader, read_picture, read_splits, stack, tokenize
 from models import Tower, load_tower, pick_device, read_weights, write_whole
 
@@ -51,10 +54,10 @@ class _Readable(Dataset):
 
 @torch.inference_mode()
 def embed_pictures(
-    encode_image: Callable[[Tensor], Tensor], paths: list[Path], image_size: int, device: torch.device, workers: int
+    encode_image: Callable[[Tensor], Tensor], paths: list[Path], config: Config, device: torch.device
 ) -> tuple[Tensor, dict[int, UserError]]:
     """Unit vectors (R, D) of the R readable ones of `paths`, in order, and what is wrong with each of the others."""
-    batches = loader(_Readable(paths, image_size), workers, collate_fn=list, batch_size=64)
+    batches = loader(_Readable(paths, config.image_size), config.num_workers, collate_fn=list, batch_size=64)
     embeddings, broken, done = [], {}, 0
     for items in progress(batches, "embedding pictures", leave=False):
         broken |= {done + i: item for i, item in enumerate(items) if isinstance(item, UserError)}
@@ -119,30 +122,24 @@ def recall_at_k(ranks: Tensor, k: int) -> float:
 
 
 def evaluate(
-    encode_image: Callable[[Tensor], Tensor],
-    encode_text: Callable[[Tensor, Tensor], Tensor],
-    tokenizer: Tokenizer,
-    split: Split,
-    image_size: int,
-    device: torch.device,
-    workers: int,
+    image: Tower, text: Tower, tokenizer: Tokenizer, split: Split, config: Config, device: torch.device
 ) -> dict[str, float]:
     """`retrieval_metrics` of a split: each picture once, and all its captions."""
-    images, broken = embed_pictures(encode_image, split.paths, image_size, device, workers)
+    images, broken = embed_pictures(image, split.paths, config, device)
     for error in broken.values():
         raise error
-    texts = embed_texts(encode_text, tokenizer, [text for texts in split.captions for text in texts], device)
+    texts = embed_texts(text, tokenizer, split.texts, device)
     picture_of_text = [picture for picture, texts in enumerate(split.captions) for _ in texts]
     return retrieval_metrics(images, texts, torch.tensor(picture_of_text))
 
 
 def describe(metrics: dict[str, float]) -> str:
-    """The metrics in two lines, one a direction."""
-    lines = []
+    """The metrics in one line."""
+    ways = []
     for way, name in (("t2i", "text to image"), ("i2t", "image to text")):
-        recalls = " ".join(f"R@{k} {metrics[f'{way}_r{k}']:.1f}" for k in RECALLS_AT)
-        lines.append(f"{name}: {recalls}, median rank {metrics[f'{way}_medr']:g}")
-    return "\n".join(lines)
+        recalls = " / ".join(f"{metrics[f'{way}_r{k}']:.1f}" for k in RECALLS_AT)
+        ways.append(f"{name} R@1/5/10 {recalls}, median rank {metrics[f'{way}_medr']:g}")
+    return "; ".join(ways)
 
 
 # ---------------------------------------------------------------- searching
@@ -150,8 +147,12 @@ def describe(metrics: dict[str, float]) -> str:
 
 @dataclass(frozen=True)
 class Match:
-    """A picture that was found: its place for its query, from 1, and its cosine with it."""
+    """A text and a picture that were found to belong together: a row of the table.
 
+    `score` is their cosine after `search`, and the probability of the text after `classify`; `rank` counts from 1.
+    """
+
+    query: str
     rank: int
     score: float
     path: Path
@@ -169,8 +170,8 @@ class Searcher:
         """Raises `UserError` where `weights` is not a file of ours."""
         self.weights_path = Path(weights)
         self.weights = read_weights(weights)
-        self.config, self.tokenizer = self.weights["config"], self.weights["tokenizer"]
-        self.device, self.num_workers = pick_device(device), num_workers
+        self.config = replace(self.weights["config"], num_workers=num_workers)
+        self.tokenizer, self.device = self.weights["tokenizer"], pick_device(device)
 
     @cached_property
     def image_tower(self) -> Tower:
@@ -187,9 +188,21 @@ class Searcher:
         query_embeddings = embed_texts(self.text_tower, self.tokenizer, queries, self.device)
         scores, positions = top_matches(query_embeddings, image_embeddings, n)
         return [
-            [Match(rank, score, paths[position]) for rank, (score, position) in enumerate(zip(*found), start=1)]
-            for found in zip(scores.tolist(), positions.tolist())
+            [Match(query, rank, score, paths[at]) for rank, (score, at) in enumerate(zip(*found), start=1)]
+            for query, *found in zip(queries, scores.tolist(), positions.tolist())
         ]
+
+    def classify(self, image: str | Path, texts: list[str], n: int = 8) -> list[Match]:
+        """The n most probable of `texts` for a picture: zero-shot classification, section 3.1 of the paper."""
+        pixels = stack([Transform(self.config.image_size)(read_picture(Path(image)))])
+        with torch.inference_mode():
+            embedding = self.image_tower(pixels.to(self.device)).cpu()
+        text_embeddings = embed_texts(self.text_tower, self.tokenizer, texts, self.device)
+        cosines = (embedding @ text_embeddings.T)[0]  # (1, D) @ (D, Q)
+        probabilities = (self.weights["model"]["logit_scale"].exp() * cosines).softmax(dim=0)
+        scores, positions = probabilities.topk(min(n, len(texts)))
+        found = enumerate(zip(scores.tolist(), positions.tolist()), start=1)
+        return [Match(texts[at], rank, score, Path(image)) for rank, (score, at) in found]
 
     def embed(self, images: str = "") -> tuple[list[Path], Tensor]:
         """The readable pictures and their embeddings (N, D), from the index beside the weights as far as it has them.
@@ -207,9 +220,7 @@ class Searcher:
         rows = {state: row for row, state in enumerate(known)}
         new = [i for i, state in enumerate(states) if state not in rows]
         if new:
-            fresh, broken = embed_pictures(
-                self.image_tower, [paths[i] for i in new], self.config.image_size, self.device, self.num_workers
-            )
+            fresh, broken = embed_pictures(self.image_tower, [paths[i] for i in new], self.config, self.device)
             if broken:
                 print(f"skipped {len(broken)} of {len(paths)} pictures:", *broken.values(), sep="\n  ")
             readable = [i for position, i in enumerate(new) if position not in broken]
@@ -219,7 +230,8 @@ class Searcher:
         if not kept:
             raise UserError(f"{images}: holds no picture that can be read")
         embeddings = embeddings[[rows[states[i]] for i in kept]]
-        index.write([states[i] for i in kept], embeddings)
+        if [states[i] for i in kept] != known:
+            index.write([states[i] for i in kept], embeddings)
         return [paths[i] for i in kept], torch.from_numpy(embeddings)
 
     def _list(self, images: str) -> list[Path]:
@@ -227,10 +239,8 @@ class Searcher:
             if not Path(self.config.data_dir).is_dir():
                 raise UserError(f"{self.config.data_dir}, where the weights were trained, is not here; give --images")
             return read_splits(self.config.data_dir)["test"].paths
-        if not Path(images).is_dir():
-            raise UserError(f"--images {images}: no such folder")
         if not (paths := list_pictures(Path(images))):
-            raise UserError(f"--images {images}: holds no picture")
+            raise UserError(f"--images {images}: not a folder that holds pictures")
         return paths
 
 
@@ -272,7 +282,7 @@ class _Index:
             if embeddings.shape != (len(states), self.width) or not np.isfinite(embeddings).all():
                 raise ValueError("its array does not fit its list")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            print(f"{listing}: damaged, made anew ({error})")
+            print(f"{listing}: damaged, so it is made anew ({error})")
             return nothing
         return states, embeddings
 
@@ -297,29 +307,65 @@ def _digest(text: str) -> str:
 # ---------------------------------------------------------------- showing
 
 
-def draw_matches(queries: list[str], matches: list[list[Match]], output: Path) -> None:
-    """Draws a grid: each query, and below it its matches with rank, cosine and file name."""
-    from matplotlib.figure import Figure  # not pyplot: a figure alone never asks for a display
+def show(matches: list[list[Match]], output: Path, of_picture: bool = False) -> None:
+    """Prints the matches of each query, or the texts `of_picture`, and saves them: a table or a picture by `output`."""
+    for found in matches:
+        title, score, column = (found[0].path, "prob.", "text") if of_picture else (found[0].query, "cosine", "picture")
+        print(f"\n{title}\nrank  {score:>6}  {column}")
+        for match in found:
+            print(f"{match.rank:4}  {match.score:6.3f}  {match.query if of_picture else match.path}")
+    if output.suffix == ".csv":
+        import pandas as pd  # here, as a search that draws does without it
 
+        table = pd.DataFrame([match for found in matches for match in found])
+        write_whole(output, lambda file: table.to_csv(file, index=False))
+    else:
+        figure = draw_texts(matches[0]) if of_picture else draw_matches(matches)
+        write_whole(output, lambda file: figure.savefig(file, format=output.suffix[1:]))
+    print(f"\nsaved {output}")
+
+
+def draw_matches(matches: list[list[Match]]) -> Figure:
+    """A grid: each query, and below it its matches with rank, cosine and file name."""
     n = max(len(found) for found in matches)
     columns = min(n, min(range(4, 9), key=lambda width: -n % width))  # as few empty places as can be
     rows = math.ceil(n / columns)
-    height = len(queries) * (rows * 2.3 + 0.6)
+    height = len(matches) * (rows * 2.3 + 0.6)
     figure = Figure(figsize=(max(columns, 2) * 2, height), dpi=min(110, 30_000 / height), layout="constrained")
-    blocks = np.atleast_1d(figure.subfigures(len(queries), 1))
-    for query, found, block in zip(queries, matches, blocks):
-        title = textwrap.shorten(query, 400)
-        block.suptitle("\n".join(textwrap.wrap(title, 13 * max(columns, 2))), parse_math=False)
+    for found, block in zip(matches, np.atleast_1d(figure.subfigures(len(matches), 1))):
+        block.suptitle(wrapped(found[0].query, 13 * max(columns, 2)), parse_math=False)
         axes = list(block.subplots(rows, columns, squeeze=False).flat)
         for place in axes:
             place.axis("off")
         for match, place in zip(found, axes):
-            picture = Image.fromarray(read_picture(match.path))
-            picture.thumbnail((300, 300))
-            place.imshow(picture)
-            name = textwrap.shorten(match.path.name, 24) if " " in match.path.name else match.path.name[-24:]
-            place.set_title(f"{match.rank}.  {match.score:.3f}\n{name}", fontsize=8, parse_math=False)
-    write_whole(output, lambda file: figure.savefig(file, format=output.suffix[1:] or "png"))
+            place.imshow(thumbnail(match.path))
+            title = f"{match.rank}.  {match.score:.3f}\n{match.path.name[-24:]}"
+            place.set_title(title, fontsize=8, parse_math=False)
+    return figure
+
+
+def draw_texts(found: list[Match]) -> Figure:
+    """A picture, and beside it the probabilities of the texts as bars."""
+    figure = Figure(figsize=(11, max(3.0, 0.5 * len(found) + 1)), dpi=110, layout="constrained")
+    picture, bars = figure.subplots(1, 2, width_ratios=(1, 1.2))
+    picture.imshow(thumbnail(found[0].path))
+    picture.set_title(found[0].path.name[-40:], parse_math=False)
+    picture.axis("off")
+    bars.barh(range(len(found)), [match.score for match in found])
+    bars.set_yticks(range(len(found)), [wrapped(match.query, 40) for match in found], fontsize=8, parse_math=False)
+    bars.set(xlim=(0, 1), xlabel="probability")
+    bars.invert_yaxis()
+    return figure
+
+
+def wrapped(text: str, width: int) -> str:
+    return "\n".join(textwrap.wrap(textwrap.shorten(text, 5 * width), width))
+
+
+def thumbnail(path: Path) -> Image.Image:
+    picture = Image.fromarray(read_picture(path))
+    picture.thumbnail((300, 300))
+    return picture
 
 
 @one_line_errors
@@ -327,18 +373,25 @@ def main(argv: list[str] | None = None) -> None:
     config = parse(SearchConfig, argv)
     searcher = Searcher(config.weights, config.device, config.num_workers)
     if config.evaluate:
-        split = read_splits(searcher.config.data_dir)["test"]
-        towers, size = (searcher.image_tower, searcher.text_tower), searcher.config.image_size
-        print(describe(evaluate(*towers, searcher.tokenizer, split, size, searcher.device, config.num_workers)))
-        return
-    queries = config.query or [searcher.weights["example_query"]]
-    matches = searcher.search(queries, config.images, config.n)
-    for query, found in zip(queries, matches):
-        print(f"\n{query}\nrank  cosine  picture")
-        for match in found:
-            print(f"{match.rank:4}  {match.score:6.3f}  {match.path}")
-    draw_matches(queries, matches, Path(config.output))
-    print(f"\nsaved {config.output}")
+        split, towers = read_splits(searcher.config.data_dir)["test"], (searcher.image_tower, searcher.text_tower)
+        print(describe(evaluate(*towers, searcher.tokenizer, split, searcher.config, searcher.device)))
+    elif config.image:
+        texts = config.query or read_splits(searcher.config.data_dir)["test"].texts
+        show([searcher.classify(config.image, texts, config.n)], Path(config.output), of_picture=True)
+    else:
+        for queries in asked(config.query or [searcher.weights["example_query"]]):
+            show(searcher.search(queries, config.images, config.n), Path(config.output))
+
+
+def asked(queries: list[str]) -> Iterator[list[str]]:
+    """The queries to answer together; with "-" those of standard input, in a terminal one after the other."""
+    if queries != ["-"]:
+        yield queries
+    elif sys.stdin.isatty():
+        while query := input("query (an empty line ends): ").strip():
+            yield [query]
+    elif lines := [line.strip() for line in sys.stdin if line.strip()]:
+        yield lines
 
 
 if __name__ == "__main__":

@@ -261,7 +261,7 @@ def _unavailable(flag: str, name: str, folder: str, error: Exception) -> UserErr
 
 def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Replaces `path` at once: at no instant is it missing or half-written, even if the process is killed."""
-    beside = path.with_name(path.name + ".tmp")
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two processes may build the same index
     try:
         with beside.open("wb") as file:
             write(file)

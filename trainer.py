@@ -7,6 +7,7 @@ python trainer.py --resume runs/clip/last.pt
 """
 
 import ctypes
+import importlib.util
 import json
 import math
 import platform
@@ -98,6 +99,7 @@ class Run:
     schedule: LambdaLR
     scaler: torch.amp.GradScaler
     history: list[dict[str, float]]  # the rows of metrics.csv
+    events: Any = None  # TensorBoard's writer, where that is installed
 
 
 def train(config: Config, checkpoint: dict[str, Any] | None) -> None:
@@ -105,6 +107,9 @@ def train(config: Config, checkpoint: dict[str, Any] | None) -> None:
     run = prepare(config, checkpoint)
     announce(run)
     run.folder.mkdir(parents=True, exist_ok=True)
+    run.events = open_events(run)
+    for half_written in run.folder.glob("*.tmp"):  # by a run that was killed
+        half_written.unlink()
     if not checkpoint:
         save_last(run)
         for leftover in ("best.pt", "test.json", "curves.png"):  # of an earlier demo
@@ -125,6 +130,7 @@ def train(config: Config, checkpoint: dict[str, Any] | None) -> None:
             }
         )
         print(f"epoch {epoch + 1} of {config.epochs}: loss {loss:.3f}, {seconds:.0f} s; dev {describe(metrics)}")
+        log_events(run, epoch + 1, {f"dev/{name}": value for name, value in metrics.items()})
         if best_epoch(run.history) == epoch + 1:
             write_whole(run.folder / "best.pt", lambda file: torch.save(weights_of(run), file))
         save_last(run)
@@ -138,7 +144,7 @@ def train_epoch(run: Run, epoch: int) -> float:
     run.loader.batch_sampler.epoch = epoch
     parameters = [parameter for group in run.optimizer.param_groups for parameter in group["params"]]
     losses: list[float] = []
-    unread: list[Tensor] = []  # reading a loss waits for the device, so it is done now and then
+    unread, rates = [], []  # reading a loss waits for the device, so it is done now and then
     with progress(run.loader, f"epoch {epoch + 1}", unit="step") as bar:
         for pixels, ids, mask in bar:
             pixels, ids, mask = (tensor.to(run.device, non_blocking=True) for tensor in (pixels, ids, mask))
@@ -151,21 +157,26 @@ def train_epoch(run: Run, epoch: int) -> float:
             run.scaler.step(run.optimizer)
             run.scaler.update()
             run.optimizer.zero_grad()
+            unread.append(loss.detach())
+            rates.append(run.schedule.get_last_lr()[-1])
             run.schedule.step()
             run.model.clamp_temperature()
-            unread.append(loss.detach())
             if len(unread) == STEPS_BETWEEN_FIGURES or len(losses) + len(unread) == len(run.loader):
-                losses += read_losses(unread, first_step=epoch * len(run.loader) + len(losses) + 1)
-                unread.clear()
-                rate = len(losses) * run.config.batch_size / max(bar.format_dict["elapsed"], 1e-3)
-                lr = run.schedule.get_last_lr()[-1]
-                bar.set_postfix_str(f"loss {losses[-1]:.3f}, lr {lr:.1e}, {rate:.0f} pairs/s", refresh=False)
+                first_step = epoch * len(run.loader) + len(losses) + 1
+                losses += read_losses(unread, first_step)
+                for step, (loss, lr) in enumerate(zip(losses[-len(unread) :], rates), start=first_step):
+                    log_events(run, step, {"train/loss": loss, "train/lr": lr})
+                speed = len(losses) * run.config.batch_size / max(bar.format_dict["elapsed"], 1e-3)
+                bar.set_postfix_str(f"loss {losses[-1]:.3f}, lr {rates[-1]:.1e}, {speed:.0f} pairs/s", refresh=False)
+                unread, rates = [], []
     return sum(losses) / len(losses)
 
 
 def training_mode(model: CLIP, config: Config) -> None:
-    """Pretrained batch-norm statistics stay: those of one batch are so much worse that they cost half the recall."""
+    """Pretrained batch-norm statistics stay as they are: to replace them by a batch's cost half the recall (README)."""
     model.train()
+    model.image.encoder.train(not config.freeze_image_encoder)
+    model.text.encoder.train(not config.freeze_text_encoder)
     for module in model.image.modules():
         if config.pretrained and isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             module.eval()
@@ -228,10 +239,11 @@ def prepare_model_and_data(
             pass
     if not checkpoint:
         if not config.pretrained:
-            captions = [caption for captions in splits["train"].captions for caption in captions]
-            text, image = text_encoder_from_scratch(config, captions), build_image_encoder(config)
+            text, image = text_encoder_from_scratch(config, splits["train"].texts), build_image_encoder(config)
         encoder, tokenizer = text
         model = CLIP(Tower(image, config), Tower(encoder, config), config.temperature)
+    model.image.encoder.requires_grad_(not config.freeze_image_encoder)
+    model.text.encoder.requires_grad_(not config.freeze_text_encoder)
     pixels = torch.zeros(2, 3, config.image_size, config.image_size, dtype=torch.uint8)
     freeze_unused_parameters(model.image, pixels)
     freeze_unused_parameters(model.text, *tokenize(tokenizer, ["one", "another"]))
@@ -289,9 +301,7 @@ def keep_freed_memory() -> None:
 
 def validate(model: CLIP, run: Run, split: str) -> dict[str, float]:
     model.eval()
-    encoders = model.encode_image, model.encode_text
-    size, workers = run.config.image_size, run.config.num_workers
-    return evaluate(*encoders, run.tokenizer, run.splits[split], size, run.device, workers)
+    return evaluate(model.image, model.text, run.tokenizer, run.splits[split], run.config, run.device)
 
 
 def best_epoch(history: list[dict[str, float]]) -> int:
@@ -319,6 +329,19 @@ def report(run: Run) -> None:
     if len(table):
         figure = draw_curves(table, math.log(run.config.batch_size), best_epoch(run.history))
         write_whole(run.folder / "curves.png", lambda file: figure.savefig(file, format="png"))
+
+
+def open_events(run: Run) -> Any:
+    if importlib.util.find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(run.folder / "events", purge_step=len(run.history) * len(run.loader) + 1)
+
+
+def log_events(run: Run, step: int, values: dict[str, float]) -> None:
+    for name, value in values.items() if run.events else ():
+        run.events.add_scalar(name, value, step)
 
 
 def draw_curves(table: pd.DataFrame, chance: float, best: int) -> Figure:
