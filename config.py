@@ -93,7 +93,7 @@ class Config:
             weight_decay=(0.0, 10.0),
             warmup=(0.0, 1.0),
             clip_norm=(1e-6, 1e6),
-            seed=(0, 2**63 - 1),
+            seed=(0, 2**32 - 1),
         )
         if self.name in ("", ".", "..") or "/" in self.name or "\\" in self.name:
             raise ValueError(f"argument --name: {self.name!r} is not a folder name; runs/NAME must be a folder of runs")

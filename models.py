@@ -148,7 +148,7 @@ def build_image_encoder(config: Config) -> ImageEncoder:
         size = resolve_model_input_args(config.image_encoder, {"img_size": config.image_size}).get("img_size")
         arguments = {"img_size": size} if size else {}
         encoder = ImageEncoder(config.image_encoder, config.image_size, config.pretrained, **arguments)
-    except (OSError, RuntimeError, ValueError, AssertionError) as error:
+    except (OSError, RuntimeError, ValueError, TypeError, AssertionError) as error:
         raise _unavailable("--image-encoder", config.image_encoder, "local-dir:FOLDER", error) from None
     if unknown := encoder.model._model_args.keys() - IMAGE_ENCODER_ARGS:
         raise UserError(f"--image-encoder {config.image_encoder}: cannot be rebuilt from weights, it needs {unknown}")
@@ -157,16 +157,17 @@ def build_image_encoder(config: Config) -> ImageEncoder:
 
 def load_text_encoder(config: Config) -> tuple[TextEncoder, Tokenizer]:
     """A pretrained transformers encoder, by name or folder, and its tokeniser."""
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
 
     _quiet_hub()
     name = config.text_encoder
     try:
+        model_config = _text_config(name, AutoConfig.from_pretrained(name))
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModel.from_pretrained(name, dtype=torch.float32)
+        model = AutoModel.from_pretrained(name, config=model_config, dtype=torch.float32)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise _unavailable("--text-encoder", name, "a folder", error) from None
-    return TextEncoder(_text_model(name, model)), _plain_tokenizer(name, tokenizer, config.max_length)
+    return TextEncoder(model), _plain_tokenizer(name, tokenizer, config.max_length)
 
 
 def text_encoder_from_scratch(config: Config, captions: list[str]) -> tuple[TextEncoder, Tokenizer]:
@@ -194,7 +195,7 @@ def text_encoder_from_scratch(config: Config, captions: list[str]) -> tuple[Text
         model_config.num_attention_heads = max(1, config.text_width // 64)
         inner = "hidden_dim" if hasattr(model_config, "hidden_dim") else "intermediate_size"
         setattr(model_config, inner, 4 * config.text_width)
-    return TextEncoder(_text_model(name, AutoModel.from_config(model_config))), tokenizer
+    return TextEncoder(AutoModel.from_config(_text_config(name, model_config))), tokenizer
 
 
 def learn_word_pieces(captions: list[str], max_length: int) -> Tokenizer:
@@ -222,10 +223,11 @@ def freeze_unused_parameters(model: nn.Module, *inputs: Tensor) -> None:
     model.train()
 
 
-def _text_model(name: str, model: nn.Module) -> nn.Module:
-    if model.config.is_encoder_decoder or not hasattr(model.config, "vocab_size"):
-        raise UserError(f"--text-encoder {name}: a {model.config.model_type} model is not a text encoder")
-    return model
+def _text_config(name: str, config: Any) -> Any:
+    """The transformers config, if it is of an encoder of texts and of nothing else."""
+    if config.is_encoder_decoder or config.sub_configs or not hasattr(config, "vocab_size"):
+        raise UserError(f"--text-encoder {name}: a {config.model_type} model is not a text encoder")
+    return config
 
 
 def _plain_tokenizer(name: str, tokenizer: Any, max_length: int) -> Tokenizer:
@@ -240,12 +242,14 @@ def _plain_tokenizer(name: str, tokenizer: Any, max_length: int) -> Tokenizer:
 
 def _quiet_hub() -> None:
     """Leaves the one message about weights that cannot be fetched to us."""
+    from huggingface_hub.utils import enable_progress_bars
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging as transformers_logging
 
     hub_logging.set_verbosity_error()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    enable_progress_bars()  # of downloads, which the line before puts out too
 
 
 def _unavailable(flag: str, name: str, folder: str, error: Exception) -> UserError:
@@ -307,8 +311,10 @@ def read_weights(path: str | Path) -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:  # torch's format; it keeps a checksum of every tensor
             checksums = repr([(member.filename, member.CRC) for member in archive.infolist()])
         weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if weights["format"] != FORMAT:
-            raise ValueError(f"its format is {weights['format']!r}")
+        if weights.get("format") != FORMAT:
+            raise ValueError("it does not say that it is one")
+        if lacking := {"image_encoder", "text_encoder", "example_query", "model"} - weights.keys():
+            raise ValueError(f"it lacks {', '.join(lacking)}")
         weights["config"] = Config(**weights["config"])
         weights["tokenizer"] = Tokenizer.from_str(weights["tokenizer"])
         weights["fingerprint"] = hashlib.sha256(checksums.encode()).hexdigest()
@@ -322,8 +328,11 @@ def load_tower(weights: dict[str, Any], which: str) -> Tower:
     """The "image" or the "text" tower of `weights`, in evaluation mode, rebuilt from what they hold alone."""
     prefix = which + "."
     state = {name.removeprefix(prefix): value for name, value in weights["model"].items() if name.startswith(prefix)}
-    with torch.device("meta"):  # sizes are held against the tensors before memory is taken
-        expected = {name: value.shape for name, value in _empty_tower(weights, which).state_dict().items()}
+    try:
+        with torch.device("meta"):  # sizes are held against the tensors before memory is taken
+            expected = {name: value.shape for name, value in _empty_tower(weights, which).state_dict().items()}
+    except Exception as error:  # whatever a hostile description can bring about
+        raise UserError(f"the {which} encoder that the weights describe cannot be built: {error}") from None
     if expected != {name: value.shape for name, value in state.items()}:
         raise UserError(f"the weights of the {which} encoder do not fit the model that their file describes")
     tower = _empty_tower(weights, which)
@@ -354,8 +363,12 @@ def _image_encoder(weights: dict[str, Any]) -> ImageEncoder:
 def _text_encoder(weights: dict[str, Any]) -> TextEncoder:
     from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
 
-    stored = dict(weights["text_encoder"])
-    kind = stored.pop("model_type")
+    stored = weights["text_encoder"]
+    kind = stored["model_type"]
     if kind not in CONFIG_MAPPING:
         raise UserError(f"weights: {kind!r} is not a text encoder that transformers has")
-    return TextEncoder(_text_model(kind, AutoModel.from_config(AutoConfig.for_model(kind, **stored))))
+    known = {key for key in CONFIG_MAPPING[kind]().to_dict() if not key.startswith("_")} - {"model_type"}
+    config = AutoConfig.for_model(kind, **{key: value for key, value in stored.items() if key in known})
+    if _text_config(kind, config).num_hidden_layers > len(weights["model"]):
+        raise UserError(f"weights: {config.num_hidden_layers} layers of text encoder, but not as many tensors")
+    return TextEncoder(AutoModel.from_config(config, trust_remote_code=False))

@@ -69,7 +69,8 @@ def main(argv: list[str] | None = None) -> None:
             raise
         raise UserError(f"a process that reads pictures died, try --num-workers 0: {error}") from None
     except KeyboardInterrupt:
-        sys.exit(f"stopped; to go on: python trainer.py --resume {Path('runs', config.name, 'last.pt')}")
+        last = Path("runs", config.name, "last.pt")
+        sys.exit(f"stopped; to go on: python trainer.py --resume {last}" if last.exists() else "stopped")
 
 
 def resumed_config(argv: list[str] | None, checkpoint: dict[str, Any], path: str) -> Config:
@@ -164,8 +165,8 @@ def train_epoch(run: Run, epoch: int) -> float:
             if len(unread) == STEPS_BETWEEN_FIGURES or len(losses) + len(unread) == len(run.loader):
                 first_step = epoch * len(run.loader) + len(losses) + 1
                 losses += read_losses(unread, first_step)
-                for step, (loss, lr) in enumerate(zip(losses[-len(unread) :], rates), start=first_step):
-                    log_events(run, step, {"train/loss": loss, "train/lr": lr})
+                for step, (value, lr) in enumerate(zip(losses[-len(unread) :], rates), start=first_step):
+                    log_events(run, step, {"train/loss": value, "train/lr": lr})
                 speed = len(losses) * run.config.batch_size / max(bar.format_dict["elapsed"], 1e-3)
                 bar.set_postfix_str(f"loss {losses[-1]:.3f}, lr {rates[-1]:.1e}, {speed:.0f} pairs/s", refresh=False)
                 unread, rates = [], []
@@ -202,7 +203,8 @@ def prepare(config: Config, checkpoint: dict[str, Any] | None) -> Run:
     keep_freed_memory()
     device = pick_device(config.device)
     torch.manual_seed(config.seed)
-    torch.set_float32_matmul_precision("high")  # TF32 where CUDA has it
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32
     model, tokenizer, splits = prepare_model_and_data(config, checkpoint)
     model.to(device, memory_format=torch.channels_last)
     loader = training_loader(splits["train"], tokenizer, config, device)
@@ -223,25 +225,17 @@ def prepare_model_and_data(
     config: Config, checkpoint: dict[str, Any] | None
 ) -> tuple[CLIP, Tokenizer, dict[str, Split]]:
     """Pretrained weights come first: where they cannot be had, that is said before any data is fetched."""
-    text = None
+    encoders = None
+    if config.pretrained and not checkpoint:
+        print(f"model: loading the pretrained {config.text_encoder} and {config.image_encoder}")
+        encoders = *load_text_encoder(config), build_image_encoder(config)
+    splits = prepare_data(config)
     if checkpoint:
         model, tokenizer = load_clip(checkpoint), checkpoint["tokenizer"]
-    elif config.pretrained:
-        text, image = load_text_encoder(config), build_image_encoder(config)
-    prepare_data_dir(config)
-    splits = read_splits(config.data_dir)
-    if len(splits["train"].paths) < config.batch_size:
-        raise UserError(
-            f"--batch-size {config.batch_size}: the training split holds only {len(splits['train'].paths)} pictures"
-        )
-    for path in progress([path for split in splits.values() for path in split.paths], "checking pictures", leave=False):
-        with open_picture(path):
-            pass
-    if not checkpoint:
-        if not config.pretrained:
-            text, image = text_encoder_from_scratch(config, splits["train"].texts), build_image_encoder(config)
-        encoder, tokenizer = text
-        model = CLIP(Tower(image, config), Tower(encoder, config), config.temperature)
+    else:
+        encoders = encoders or (*text_encoder_from_scratch(config, splits["train"].texts), build_image_encoder(config))
+        text, tokenizer, image = encoders
+        model = CLIP(Tower(image, config), Tower(text, config), config.temperature)
     model.image.encoder.requires_grad_(not config.freeze_image_encoder)
     model.text.encoder.requires_grad_(not config.freeze_text_encoder)
     pixels = torch.zeros(2, 3, config.image_size, config.image_size, dtype=torch.uint8)
@@ -250,17 +244,30 @@ def prepare_model_and_data(
     return model, tokenizer, splits
 
 
+def prepare_data(config: Config) -> dict[str, Split]:
+    """The splits, after a look into the header of every picture, so that a broken one shows before the first step."""
+    prepare_data_dir(config)
+    splits = read_splits(config.data_dir)
+    if (pictures := len(splits["train"].paths)) < config.batch_size:
+        raise UserError(f"--batch-size {config.batch_size}: the training split holds only {pictures} pictures")
+    for path in progress([path for split in splits.values() for path in split.paths], "checking pictures", leave=False):
+        with open_picture(path):
+            pass
+    return splits
+
+
 def parameter_groups(model: CLIP, config: Config) -> list[dict[str, Any]]:
     """New heads learn fast and pretrained encoders slowly; only matrices decay, not gains, biases or temperature."""
-    groups: dict[tuple[str, bool], list[Tensor]] = {}
+    rates = {"image": config.image_lr, "text": config.text_lr, "head": config.head_lr}  # the last one is shown
+    groups: dict[tuple[str, bool], list[Tensor]] = {(part, matrix): [] for part in rates for matrix in (True, False)}
     for name, parameter in model.named_parameters():
         part = "head" if ".head." in name or name == "logit_scale" else name.partition(".")[0]
         if parameter.requires_grad:
-            groups.setdefault((part, parameter.ndim > 1), []).append(parameter)
-    rates = {"image": config.image_lr, "text": config.text_lr, "head": config.head_lr}
+            groups[part, parameter.ndim > 1].append(parameter)
     return [
-        {"params": parameters, "lr": rates[part], "weight_decay": config.weight_decay if is_matrix else 0.0}
-        for (part, is_matrix), parameters in groups.items()
+        {"params": parameters, "lr": rates[part], "weight_decay": config.weight_decay if matrix else 0.0}
+        for (part, matrix), parameters in groups.items()
+        if parameters
     ]
 
 
@@ -342,6 +349,7 @@ def open_events(run: Run) -> Any:
 def log_events(run: Run, step: int, values: dict[str, float]) -> None:
     for name, value in values.items() if run.events else ():
         run.events.add_scalar(name, value, step)
+        run.events.flush()
 
 
 def draw_curves(table: pd.DataFrame, chance: float, best: int) -> Figure:
