@@ -7,6 +7,7 @@ python inference.py --help
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -146,7 +147,7 @@ class SearchConfig:
         _require_ranges(self, n=(1, 1_000_000), num_workers=(0, 256))
         if not all(query.strip() for query in self.query):
             raise ValueError("argument --query: empty, but some words are needed")
-        if not self.output.lower().endswith((".png", ".jpg", ".pdf", ".svg", ".csv")):
+        if Path(self.output).suffix.lower() not in (".png", ".jpg", ".pdf", ".svg", ".csv"):
             raise ValueError(f"argument --output: {self.output}, but it must end in .png, .jpg, .pdf, .svg or .csv")
 
 

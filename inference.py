@@ -279,9 +279,10 @@ class _Index:
                 return nothing
             states = [tuple(state) for state in content["pictures"]]
             embeddings = np.load(self.folder / f"{self.name}-{_digest(text)}.npy", mmap_mode="c", allow_pickle=False)
-            if embeddings.shape != (len(states), self.width) or not np.isfinite(embeddings).all():
+            fits = embeddings.shape == (len(states), self.width) and embeddings.dtype == np.float32
+            if not fits or not np.isfinite(embeddings).all():
                 raise ValueError("its array does not fit its list")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
             print(f"{listing}: damaged, so it is made anew ({error})")
             return nothing
         return states, embeddings
@@ -314,14 +315,14 @@ def show(matches: list[list[Match]], output: Path, of_picture: bool = False) -> 
         print(f"\n{title}\nrank  {score:>6}  {column}")
         for match in found:
             print(f"{match.rank:4}  {match.score:6.3f}  {match.query if of_picture else match.path}")
-    if output.suffix == ".csv":
+    if output.suffix.lower() == ".csv":
         import pandas as pd  # here, as a search that draws does without it
 
         table = pd.DataFrame([match for found in matches for match in found])
         write_whole(output, lambda file: table.to_csv(file, index=False))
     else:
         figure = draw_texts(matches[0]) if of_picture else draw_matches(matches)
-        write_whole(output, lambda file: figure.savefig(file, format=output.suffix[1:]))
+        write_whole(output, lambda file: figure.savefig(file, format=output.suffix[1:].lower()))
     print(f"\nsaved {output}")
 
 

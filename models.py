@@ -9,14 +9,16 @@ import hashlib
 import math
 import os
 import zipfile
+from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 
 from config import Config, UserError
@@ -161,12 +163,9 @@ def load_text_encoder(config: Config) -> tuple[TextEncoder, Tokenizer]:
 
     _quiet_hub()
     name = config.text_encoder
-    try:
-        model_config = _text_config(name, AutoConfig.from_pretrained(name))
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModel.from_pretrained(name, config=model_config, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise _unavailable("--text-encoder", name, "a folder", error) from None
+    model_config, tokenizer = _from_pretrained(name, AutoConfig, AutoTokenizer)
+    _check_text_config(name, model_config)
+    (model,) = _from_pretrained(name, AutoModel, dtype=torch.float32)
     return TextEncoder(model), _plain_tokenizer(name, tokenizer, config.max_length)
 
 
@@ -174,20 +173,23 @@ def text_encoder_from_scratch(config: Config, captions: list[str]) -> tuple[Text
     """An untrained encoder of the named architecture; needs no network.
 
     With a folder, its config and tokeniser are used. With a name, such as "distilbert" or "bert-base-uncased", the
-    architecture's default config, and word pieces learnt from `captions`.
+    architecture's default config, and word pieces taken from `captions`.
     """
     from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoTokenizer
 
     name = config.text_encoder
     if Path(name).is_dir():
-        model_config = AutoConfig.from_pretrained(name)
-        tokenizer = _plain_tokenizer(name, AutoTokenizer.from_pretrained(name), config.max_length)
+        model_config, tokenizer = _from_pretrained(name, AutoConfig, AutoTokenizer)
+        _check_text_config(name, model_config)
+        tokenizer = _plain_tokenizer(name, tokenizer, config.max_length)
     else:
         kinds = [kind for kind in CONFIG_MAPPING if name.rpartition("/")[2].lower().startswith(kind)]
         if not kinds:
             raise UserError(f"--text-encoder {name}: begins with no architecture that transformers knows")
-        tokenizer = learn_word_pieces(captions, config.max_length)
-        model_config = AutoConfig.for_model(max(kinds, key=len), vocab_size=tokenizer.get_vocab_size(), pad_token_id=0)
+        kind = max(kinds, key=len)
+        _check_text_config(name, CONFIG_MAPPING[kind]())
+        tokenizer = word_pieces_of(captions, config.max_length)
+        model_config = AutoConfig.for_model(kind, vocab_size=tokenizer.get_vocab_size(), pad_token_id=0)
     if config.text_layers:
         model_config.num_hidden_layers = config.text_layers
     if config.text_width:
@@ -195,18 +197,24 @@ def text_encoder_from_scratch(config: Config, captions: list[str]) -> tuple[Text
         model_config.num_attention_heads = max(1, config.text_width // 64)
         inner = "hidden_dim" if hasattr(model_config, "hidden_dim") else "intermediate_size"
         setattr(model_config, inner, 4 * config.text_width)
-    return TextEncoder(AutoModel.from_config(_text_config(name, model_config))), tokenizer
+    return TextEncoder(AutoModel.from_config(model_config)), tokenizer
 
 
-def learn_word_pieces(captions: list[str], max_length: int) -> Tokenizer:
-    """BERT's kind of tokeniser, with a vocabulary learnt from `captions`."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    tokenizer.train_from_iterator(
-        captions, trainers.WordPieceTrainer(vocab_size=30_000, special_tokens=special, show_progress=False)
+def word_pieces_of(captions: list[str], max_length: int) -> Tokenizer:
+    """BERT's kind of tokeniser for `captions`: their 30,000 most frequent words, and single letters for all others.
+
+    Not the library's trainer, which gives another vocabulary each time.
+    """
+    normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    words = Counter(
+        word for caption in captions for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(caption))
     )
+    letters = sorted({letter for word in words for letter in word})
+    frequent = sorted(words, key=lambda word: (-words[word], word))[:30_000]
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *letters, *(f"##{letter}" for letter in letters), *frequent]
+    vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     tokenizer.enable_padding(pad_id=0, pad_token="[PAD]")
     tokenizer.enable_truncation(max_length)
@@ -223,11 +231,17 @@ def freeze_unused_parameters(model: nn.Module, *inputs: Tensor) -> None:
     model.train()
 
 
-def _text_config(name: str, config: Any) -> Any:
-    """The transformers config, if it is of an encoder of texts and of nothing else."""
+def _from_pretrained(name: str, *makers: Any, **options: Any) -> list[Any]:
+    """What each of transformers' `makers` finds under a name or in a folder."""
+    try:
+        return [maker.from_pretrained(name, **options) for maker in makers]
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise _unavailable("--text-encoder", name, "a folder", error) from None
+
+
+def _check_text_config(name: str, config: Any) -> None:
     if config.is_encoder_decoder or config.sub_configs or not hasattr(config, "vocab_size"):
         raise UserError(f"--text-encoder {name}: a {config.model_type} model is not a text encoder")
-    return config
 
 
 def _plain_tokenizer(name: str, tokenizer: Any, max_length: int) -> Tokenizer:
@@ -273,8 +287,10 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             os.fsync(file.fileno())
         beside.replace(path)
     except (OSError, RuntimeError) as error:
-        beside.unlink(missing_ok=True)
         raise UserError(f"{path}: could not be written, what was there stands: {error}") from None
+    finally:
+        with suppress(OSError):
+            beside.unlink()
 
 
 def pack_weights(model: CLIP, tokenizer: Tokenizer, config: Config, example_query: str) -> dict[str, Any]:
@@ -369,6 +385,7 @@ def _text_encoder(weights: dict[str, Any]) -> TextEncoder:
         raise UserError(f"weights: {kind!r} is not a text encoder that transformers has")
     known = {key for key in CONFIG_MAPPING[kind]().to_dict() if not key.startswith("_")} - {"model_type"}
     config = AutoConfig.for_model(kind, **{key: value for key, value in stored.items() if key in known})
-    if _text_config(kind, config).num_hidden_layers > len(weights["model"]):
+    _check_text_config(kind, config)
+    if config.num_hidden_layers > len(weights["model"]):
         raise UserError(f"weights: {config.num_hidden_layers} layers of text encoder, but not as many tensors")
     return TextEncoder(AutoModel.from_config(config, trust_remote_code=False))

@@ -1,5 +1,6 @@
 """What the tests share: a small data set of shapes, a run on it, and the command lines as a user types them."""
 
+import functools
 import os
 import shutil
 import subprocess
@@ -18,10 +19,18 @@ from trainer import main as train  # noqa: E402
 TINY = ["--demo", "--image-size", "32", "--batch-size", "8", "--epochs", "2", "--num-workers", "0", "--device", "cpu"]
 
 
+@functools.cache
+def without_network() -> list[str]:
+    """What to put before a command so that it has no network, where this system lets a user do that."""
+    cut_off = ["unshare", "--map-root-user", "--net"]
+    possible = shutil.which("unshare") and subprocess.run([*cut_off, "true"], capture_output=True).returncode == 0
+    return cut_off if possible else []
+
+
 def script(*command: str, cwd: Path, network: bool = True) -> subprocess.CompletedProcess:
-    """Runs `trainer.py ...` or `inference.py ...` in a process of its own; without network where Linux can."""
+    """Runs `trainer.py ...` or `inference.py ...` in a process of its own."""
     name, *arguments = command
-    cut_off = [] if network or not shutil.which("unshare") else ["unshare", "--map-root-user", "--net"]
+    cut_off = [] if network else without_network()
     environment = os.environ | {"HF_HOME": str(cwd / "empty-cache"), "TORCH_HOME": str(cwd / "empty-cache")}
     return subprocess.run(
         [*cut_off, sys.executable, str(ROOT / name), *arguments],
