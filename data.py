@@ -83,7 +83,7 @@ def _captions_by_picture(rows: Iterable[Row], pictures: Path, captions_file: Pat
         if not name or Path(name).is_absolute() or ".." in Path(name).parts:
             raise UserError(f"{where}: picture {name!r} is not the name of a file inside {pictures}")
         if caption := " ".join(caption.split()):
-            captions.setdefault(name, []).append(caption)
+            captions.setdefault(Path(name).as_posix(), []).append(caption)
     total = sum(map(len, captions.values()))
     lost = {name: captions.pop(name) for name in list(captions) if not os.path.lexists(pictures / name)}
     if lost:
@@ -133,19 +133,19 @@ def _read_table(path: Path) -> Iterator[Row]:
     """CSV with the columns `image` and `caption`. Read as text alone: "None" and "NA" are captions."""
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
-    columns = [column.strip() for column in next(reader, [])]
-    if not {"image", "caption"} <= set(columns):
-        raise UserError(f"{path}, row 1: columns {columns}, but 'image' and 'caption' are needed")
-    image, caption = columns.index("image"), columns.index("caption")
     try:
+        columns = [column.strip() for column in next(reader, [])]
+        if not {"image", "caption"} <= set(columns):
+            raise csv.Error(f"columns {columns}, but 'image' and 'caption' are needed")
         for cells in reader:
             if not any(cell.strip() for cell in cells):
                 continue
             if len(cells) != len(columns):
                 raise csv.Error(f"{len(cells)} cells under {len(columns)} columns; quote captions that hold commas")
-            yield f"{path}, row {reader.line_num}", cells[image].strip(), cells[caption]
+            row = dict(zip(columns, cells))
+            yield f"{path}, row {reader.line_num}", row["image"].strip(), row["caption"]
     except csv.Error as error:
-        raise UserError(f"{path}, row {reader.line_num}: {error}") from None
+        raise UserError(f"{path}, row {max(1, reader.line_num)}: {error}") from None
 
 
 def _read_lists(folder: Path) -> dict[str, set[str]]:
@@ -153,7 +153,8 @@ def _read_lists(folder: Path) -> dict[str, set[str]]:
     files = {split: folder / f"Flickr_8k.{split}Images.txt" for split in SPLITS}
     if not any(file.exists() for file in files.values()):
         return {}
-    names = {split: {line.strip() for line in _read_text(file).splitlines()} - {""} for split, file in files.items()}
+    lines = {split: _read_text(file).splitlines() for split, file in files.items()}
+    names = {split: {Path(line.strip()).as_posix() for line in lines[split] if line.strip()} for split in SPLITS}
     for one, other in itertools.combinations(SPLITS, 2):
         if both := names[one] & names[other]:
             raise UserError(f"{files[other]}: {min(both)} is in the {one} split too")
@@ -184,7 +185,7 @@ def fetch_flickr8k(folder: Path, base_url: str) -> None:
     for name in ARCHIVES:
         url, archive = f"{base_url.rstrip('/')}/{name}", unpacked / name
         try:
-            with urllib.request.urlopen(url) as response:
+            with urllib.request.urlopen(url, timeout=60) as response:
                 length = response.headers["Content-Length"]
             torch.hub.download_url_to_file(url, str(archive))
             if length and (came := archive.stat().st_size) != int(length):
@@ -195,7 +196,7 @@ def fetch_flickr8k(folder: Path, base_url: str) -> None:
                 if any(".." in Path(member).parts or Path(member).is_absolute() for member in members.namelist()):
                     raise OSError("a member of it climbs out of its folder")
                 members.extractall(unpacked)
-        except (OSError, zipfile.BadZipFile) as error:
+        except Exception as error:  # whatever a wrong address, a broken transfer or a damaged archive brings about
             by_hand = f"unpack {' and '.join(ARCHIVES)} into {folder}, give another --data-dir, or try --demo"
             raise UserError(f"{url}: {error}. Run it again, or {by_hand}") from None
         archive.unlink()
@@ -314,9 +315,8 @@ class Transform:
         self.augment = A.Compose([crop, jitter])
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
-        height, width = pixels.shape[:2]
-        side = min(height, width)
-        top, left = (height - side) // 2, (width - side) // 2
+        side = min(pixels.shape[:2])
+        top, left = ((length - side) // 2 for length in pixels.shape[:2])
         return self.resize(image=pixels[top : top + side, left : left + side])["image"]
 
     def draw(self, pixels: np.ndarray, caption: str, rng: np.random.Generator) -> np.ndarray:
