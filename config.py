@@ -147,6 +147,8 @@ class SearchConfig:
         _require_ranges(self, n=(1, 1_000_000), num_workers=(0, 256))
         if not all(query.strip() for query in self.query):
             raise ValueError("argument --query: empty, but some words are needed")
+        if any("\ud800" <= letter <= "\udfff" for letter in "".join(self.query)):
+            raise ValueError("argument --query: not UTF-8")
         if Path(self.output).suffix.lower() not in (".png", ".jpg", ".pdf", ".svg", ".csv"):
             raise ValueError(f"argument --output: {self.output}, but it must end in .png, .jpg, .pdf, .svg or .csv")
 
@@ -195,10 +197,16 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
     """Ends a script with one line and status 1 on a `UserError`; a bug still shows its traceback."""
 
     def script(argv: list[str] | None = None) -> None:
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(errors="backslashreplace")  # a file may have a name that no terminal can show
         try:
             main(argv)
         except UserError as error:
             sys.exit(f"error: {error}")
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            sys.exit(f"error: a process that reads pictures died, try --num-workers 0: {' '.join(str(error).split())}")
         except (KeyboardInterrupt, EOFError):
             sys.exit("stopped")
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure  # not pyplot: a figure alone never asks for a display
-from PIL import Image
+from PIL import Image, ImageOps
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -142,9 +142,6 @@ def describe(metrics: dict[str, float]) -> str:
     return "; ".join(ways)
 
 
-# ---------------------------------------------------------------- searching
-
-
 @dataclass(frozen=True)
 class Match:
     """A text and a picture that were found to belong together: a row of the table.
@@ -187,6 +184,8 @@ class Searcher:
         paths, image_embeddings = self.embed(images)
         query_embeddings = embed_texts(self.text_tower, self.tokenizer, queries, self.device)
         scores, positions = top_matches(query_embeddings, image_embeddings, n)
+        if not scores.isfinite().all():
+            raise UserError(f"{self.weights_path}: the weights are damaged, cosines are not numbers")
         return [
             [Match(query, rank, score, paths[at]) for rank, (score, at) in enumerate(zip(*found), start=1)]
             for query, *found in zip(queries, scores.tolist(), positions.tolist())
@@ -244,10 +243,7 @@ class Searcher:
         return paths
 
 
-State = tuple[str, int, int]
-
-
-def _state(path: Path) -> State:
+def _state(path: Path) -> tuple[str, int, int]:
     """What tells a picture from its former self: its path, size in bytes and time of change in nanoseconds."""
     try:
         stat = path.stat()
@@ -266,7 +262,7 @@ class _Index:
     def __init__(self, folder: Path, name: str, weights: str, width: int) -> None:
         self.folder, self.name, self.weights, self.width = folder, _digest(name), weights, width
 
-    def read(self) -> tuple[list[State], np.ndarray]:
+    def read(self) -> tuple[list[tuple], np.ndarray]:
         """Nothing where there is no index, or where it is not whole or of other weights."""
         nothing = [], np.empty((0, self.width), np.float32)
         listing = self.folder / f"{self.name}.json"
@@ -282,12 +278,12 @@ class _Index:
             fits = embeddings.shape == (len(states), self.width) and embeddings.dtype == np.float32
             if not fits or not np.isfinite(embeddings).all():
                 raise ValueError("its array does not fit its list")
-        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # whatever a torn or tampered file brings about
             print(f"{listing}: damaged, so it is made anew ({error})")
             return nothing
         return states, embeddings
 
-    def write(self, states: list[State], embeddings: np.ndarray) -> None:
+    def write(self, states: list[tuple], embeddings: np.ndarray) -> None:
         text = json.dumps({"weights": self.weights, "pictures": states})
         array = self.folder / f"{self.name}-{_digest(text)}.npy"
         try:
@@ -364,9 +360,7 @@ def wrapped(text: str, width: int) -> str:
 
 
 def thumbnail(path: Path) -> Image.Image:
-    picture = Image.fromarray(read_picture(path))
-    picture.thumbnail((300, 300))
-    return picture
+    return ImageOps.contain(Image.fromarray(read_picture(path)), (300, 300))
 
 
 @one_line_errors
@@ -391,7 +385,13 @@ def asked(queries: list[str]) -> Iterator[list[str]]:
     elif sys.stdin.isatty():
         while query := input("query (an empty line ends): ").strip():
             yield [query]
-    elif lines := [line.strip() for line in sys.stdin if line.strip()]:
+    else:
+        try:
+            lines = [line.strip() for line in sys.stdin if line.strip()]
+        except UnicodeDecodeError:
+            lines = []
+        if not lines:
+            raise UserError("--query -: standard input holds no line of UTF-8 text")
         yield lines
 
 

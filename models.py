@@ -287,7 +287,8 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             os.fsync(file.fileno())
         beside.replace(path)
     except (OSError, RuntimeError) as error:
-        raise UserError(f"{path}: could not be written, what was there stands: {error}") from None
+        cause = error.__context__ or error  # torch wraps a full disk into an error about positions
+        raise UserError(f"{path}: could not be written, what was there stands: {cause}") from None
     finally:
         with suppress(OSError):
             beside.unlink()
@@ -331,6 +332,13 @@ def read_weights(path: str | Path) -> dict[str, Any]:
             raise ValueError("it does not say that it is one")
         if lacking := {"image_encoder", "text_encoder", "example_query", "model"} - weights.keys():
             raise ValueError(f"it lacks {', '.join(lacking)}")
+        kinds = {name: type(value) for name, value in asdict(Config()).items()}
+        if wrong := [name for name, value in weights["config"].items() if type(value) is not kinds.get(name)]:
+            raise ValueError(f"its config has {', '.join(map(str, wrong))}")
+        if not isinstance(weights["example_query"], str) or weights["model"]["logit_scale"].ndim:
+            raise ValueError("its parts are not what they should be")
+        if not all(isinstance(value, Tensor) for value in weights["model"].values()):
+            raise ValueError("its model holds more than tensors")
         weights["config"] = Config(**weights["config"])
         weights["tokenizer"] = Tokenizer.from_str(weights["tokenizer"])
         weights["fingerprint"] = hashlib.sha256(checksums.encode()).hexdigest()

@@ -47,7 +47,7 @@ from models import (
     write_whole,
 )
 
-MAY_CHANGE_ON_RESUME = {"data_dir", "device", "num_workers", "resume"}
+MAY_CHANGE_ON_RESUME = {"data_dir", "download_url", "device", "num_workers", "resume"}
 STEPS_BETWEEN_FIGURES = 10
 RECALLS = [name for name in METRICS if not name.endswith("medr")]
 
@@ -64,10 +64,6 @@ def main(argv: list[str] | None = None) -> None:
         train(config, checkpoint)
     except torch.OutOfMemoryError as error:
         raise UserError(f"out of memory, try a smaller --batch-size: {str(error).splitlines()[0]}") from None
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise UserError(f"a process that reads pictures died, try --num-workers 0: {error}") from None
     except KeyboardInterrupt:
         last = Path("runs", config.name, "last.pt")
         sys.exit(f"stopped; to go on: python trainer.py --resume {last}" if last.exists() else "stopped")
@@ -77,7 +73,7 @@ def resumed_config(argv: list[str] | None, checkpoint: dict[str, Any], path: str
     """The settings of the checkpoint, with what may differ on another machine taken from the command line."""
     if "optimizer" not in checkpoint:
         raise UserError(f"--resume {path}: holds no training state; resume from a run's last.pt")
-    saved = asdict(checkpoint["config"]) | {"resume": path}
+    saved = asdict(checkpoint["config"]) | {"resume": path, "download_url": Config.download_url}  # not from a stranger
     config = parse(Config, argv, saved)
     for name, value in asdict(config).items():
         if value != saved[name] and name not in MAY_CHANGE_ON_RESUME:
@@ -107,11 +103,16 @@ def train(config: Config, checkpoint: dict[str, Any] | None) -> None:
     """Trains from the start, or on from a checkpoint, and scores the best weights on the test split."""
     run = prepare(config, checkpoint)
     announce(run)
-    run.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{run.folder}: cannot be made into the run's folder: {error.strerror}") from None
     run.events = open_events(run)
     for half_written in run.folder.glob("*.tmp"):  # by a run that was killed
         half_written.unlink()
-    if not checkpoint:
+    if checkpoint:
+        report(run)  # it may have been killed before
+    else:
         save_last(run)
         for leftover in ("best.pt", "test.json", "curves.png"):  # of an earlier demo
             (run.folder / leftover).unlink(missing_ok=True)

