@@ -111,7 +111,7 @@ DEMO = {
     "text_layers": 2,
     "text_width": 128,
     "dropout": 0.0,
-    "epochs": 6,
+    "epochs": 7,
     "image_lr": 1e-3,  # nothing is pretrained here, so nothing needs to be slow
     "text_lr": 1e-3,
     "num_workers": 2,

@@ -121,12 +121,11 @@ def _read_text(path: Path) -> str:
 def _read_tokens(path: Path) -> Iterator[Row]:
     """`name.jpg#0<TAB>caption`, the layout of Flickr8k's own archives."""
     for row, line in enumerate(_read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
         name, tab, caption = line.partition("\t")
-        if not tab:
+        if tab:
+            yield f"{path}, row {row}", name.rpartition("#")[0].strip() or name.strip(), caption
+        elif line.strip():
             raise UserError(f"{path}, row {row}: no tab between the picture and its caption")
-        yield f"{path}, row {row}", name.rpartition("#")[0].strip() or name.strip(), caption
 
 
 def _read_table(path: Path) -> Iterator[Row]:
@@ -170,7 +169,7 @@ def _draw_lists(names: list[str]) -> dict[str, set[str]]:
 
 
 def prepare_data_dir(config: Config) -> None:
-    """Fetches Flickr8k, or draws the demo's shapes, where the default folder is absent; any other must be there."""
+    """Fetches Flickr8k, or draws the demo's shapes, where the default folder is absent."""
     folder = Path(config.data_dir)
     if config.demo and config.data_dir == DEMO["data_dir"] and not folder.exists():
         draw_shapes(folder)
@@ -211,24 +210,25 @@ def _empty_beside(folder: Path) -> Path:
     return beside
 
 
-SIZES = {"small": 8, "large": 16}  # radius in pixels of 128; each of the nine places is a square of 42
+SIZES = {"small": 10, "large": 20}  # radius in pixels of 128
 COLOURS = {"red": "#d62728", "green": "#2c8c3c", "blue": "#1f5ac8", "yellow": "#ebc814", "purple": "#823cb4"}
 SHAPES = {"circle": (60, 0), "triangle": (3, 0), "square": (4, 0), "diamond": (4, 45)}  # corners, and turned by
-PLACES = [f"{row} {column}" for row in ("top", "middle", "bottom") for column in ("left", "centre", "right")]
+PLACES = {"top left": (26, 26), "top right": (102, 26), "centre": (64, 64)}  # of the middle, in pixels of 128
+PLACES |= {"bottom left": (26, 102), "bottom right": (102, 102)}
 WORDINGS = (  # of one shape, and what joins several
-    ("a {size} {colour} {shape} at the {place}", ", "),
+    ("a {size} {colour} {shape} at the {place}", " and "),
     ("{place}: {size} {colour} {shape}", "; "),
     ("the {place} holds a {size} {shape} in {colour}", " and "),
     ("one {colour} {shape}, {size}, in the {place}", ", with "),
-    ("there is a {size} {colour} {shape} on the {place}", " and "),
+    ("there is a {colour} {shape} at the {place}", ", and "),  # as people ask, who seldom say the size
 )
 
 
-def draw_shapes(folder: Path, train: int = 4000, dev: int = 200, test: int = 200) -> None:
+def draw_shapes(folder: Path, train: int = 5000, dev: int = 200, test: int = 200) -> None:
     """Draws scenes of two or three coloured shapes into `folder`, in Kaggle's layout with split lists.
 
-    A scene is its set of (size, colour, shape, place); no two are equal. Each has five captions that name all of it
-    in other words and another order, so that each caption has one right picture.
+    A scene is its set of (size, colour, shape, place); no two are equal. Each has five captions that name all of its
+    shapes in other words and another order.
     """
     drawing = _empty_beside(folder)
     (drawing / "Images").mkdir()
@@ -243,7 +243,7 @@ def draw_shapes(folder: Path, train: int = 4000, dev: int = 200, test: int = 200
         _draw_scene(scene, rng).save(drawing / "Images" / name)
         for words, joint in WORDINGS:
             rows.append((name, joint.join(rng.permutation([words.format(**thing) for thing in scene]))))
-    with (drawing / "captions.txt").open("w", newline="", encoding="utf-8") as file:
+    with (drawing / "captions.txt").open("w", newline="") as file:
         csv.writer(file).writerows(rows)
     for split, part in zip(SPLITS, (names[:train], names[train : train + dev], names[train + dev :])):
         (drawing / f"Flickr_8k.{split}Images.txt").write_text("\n".join(part))
@@ -252,15 +252,14 @@ def draw_shapes(folder: Path, train: int = 4000, dev: int = 200, test: int = 200
 
 def _invent_scene(rng: np.random.Generator) -> list[dict[str, str]]:
     kinds = {"size": list(SIZES), "colour": list(COLOURS), "shape": list(SHAPES)}
-    places = rng.choice(PLACES, size=rng.integers(2, 4), replace=False)
+    places = rng.choice(list(PLACES), size=rng.integers(2, 4), replace=False)
     return [{kind: str(rng.choice(words)) for kind, words in kinds.items()} | {"place": str(at)} for at in places]
 
 
 def _draw_scene(scene: list[dict[str, str]], rng: np.random.Generator) -> Image.Image:
     picture = Image.new("RGB", (128, 128), "#f5f5f0")
     for thing in scene:
-        row, column = divmod(PLACES.index(thing["place"]), 3)
-        x, y = 128 / 3 * (np.array([column, row]) + rng.uniform(0.42, 0.58, size=2))
+        x, y = PLACES[thing["place"]] + rng.uniform(-4, 4, size=2)
         circle, (corners, turn) = (x, y, SIZES[thing["size"]]), SHAPES[thing["shape"]]
         ImageDraw.Draw(picture).regular_polygon(circle, corners, turn, fill=COLOURS[thing["colour"]])
     return picture
@@ -276,6 +275,8 @@ def list_pictures(folder: Path) -> list[Path]:
 def open_picture(path: Path) -> Iterator[Image.Image]:
     """Pillow's picture, of which only the header is read yet; what Pillow cannot read becomes a `UserError`."""
     try:
+        if not path.is_file():  # a pipe would be waited for
+            raise OSError("it is not a file")
         with Image.open(path) as picture:
             yield picture
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -328,10 +329,9 @@ class Transform:
 
 
 class TrainingPictures(Dataset):
-    """One item per picture: its pixels (S, S, 3) `uint8`, and one of its captions, drawn anew each epoch.
+    """An item per picture: its pixels (S, S, 3) `uint8`, and one of its captions, drawn anew each epoch.
 
-    Asked for (epoch, picture): every draw is a function of seed, epoch and picture alone, so that it is the same with
-    any number of workers, kept alive or not, and after a resume.
+    Every draw is a function of (seed, epoch, picture) alone: the same with any number of workers and after a resume.
     """
 
     def __init__(self, split: Split, config: Config) -> None:
@@ -350,7 +350,7 @@ class TrainingPictures(Dataset):
 class EpochBatches(Sampler):
     """Batches of (epoch, picture) in an order drawn from seed and epoch; the last short batch is dropped.
 
-    The epoch goes along with each picture since workers that are kept alive never see a changed attribute.
+    The epoch goes along since workers that are kept alive never see a changed attribute.
     """
 
     def __init__(self, pictures: int, batch_size: int, seed: int) -> None:

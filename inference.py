@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure  # not pyplot: a figure alone never asks for a display
-from PIL import Image, ImageOps
+from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -118,7 +118,7 @@ def retrieval_metrics(
 
 def recall_at_k(ranks: Tensor, k: int) -> float:
     """Percentage of `ranks`, counted from 1, that are among the first k."""
-    return 100 * (ranks <= k).double().mean().item()
+    return 100 * (ranks <= k).sum().item() / len(ranks)
 
 
 def evaluate(
@@ -315,7 +315,7 @@ def show(matches: list[list[Match]], output: Path, of_picture: bool = False) -> 
         import pandas as pd  # here, as a search that draws does without it
 
         table = pd.DataFrame([match for found in matches for match in found])
-        write_whole(output, lambda file: table.to_csv(file, index=False))
+        write_whole(output, lambda file: table.to_csv(file, index=False, errors="backslashreplace"))
     else:
         figure = draw_texts(matches[0]) if of_picture else draw_matches(matches)
         write_whole(output, lambda file: figure.savefig(file, format=output.suffix[1:].lower()))
@@ -331,12 +331,11 @@ def draw_matches(matches: list[list[Match]]) -> Figure:
     figure = Figure(figsize=(max(columns, 2) * 2, height), dpi=min(110, 30_000 / height), layout="constrained")
     for found, block in zip(matches, np.atleast_1d(figure.subfigures(len(matches), 1))):
         block.suptitle(wrapped(found[0].query, 13 * max(columns, 2)), parse_math=False)
-        axes = list(block.subplots(rows, columns, squeeze=False).flat)
-        for place in axes:
-            place.axis("off")
-        for match, place in zip(found, axes):
+        bare = {"frame_on": False, "xticks": [], "yticks": []}
+        for match, place in zip(found, block.subplots(rows, columns, squeeze=False, subplot_kw=bare).flat):
             place.imshow(thumbnail(match.path))
-            title = f"{match.rank}.  {match.score:.3f}\n{match.path.name[-24:]}"
+            name = match.path.name.encode(errors="backslashreplace").decode()  # it may be no text
+            title = f"{match.rank}.  {match.score:.3f}\n{name if len(name) <= 28 else '…' + name[-27:]}"
             place.set_title(title, fontsize=8, parse_math=False)
     return figure
 
@@ -360,7 +359,9 @@ def wrapped(text: str, width: int) -> str:
 
 
 def thumbnail(path: Path) -> Image.Image:
-    return ImageOps.contain(Image.fromarray(read_picture(path)), (300, 300))
+    picture = Image.fromarray(read_picture(path))
+    picture.thumbnail((300, 300))
+    return picture
 
 
 @one_line_errors

@@ -394,6 +394,7 @@ def _text_encoder(weights: dict[str, Any]) -> TextEncoder:
     known = {key for key in CONFIG_MAPPING[kind]().to_dict() if not key.startswith("_")} - {"model_type"}
     config = AutoConfig.for_model(kind, **{key: value for key, value in stored.items() if key in known})
     _check_text_config(kind, config)
-    if config.num_hidden_layers > len(weights["model"]):
-        raise UserError(f"weights: {config.num_hidden_layers} layers of text encoder, but not as many tensors")
+    largest = max(weights["tokenizer"].get_vocab().values())
+    if largest >= config.vocab_size or config.num_hidden_layers > len(weights["model"]):
+        raise UserError("weights: the text encoder has not the vocabulary or the layers that it declares")
     return TextEncoder(AutoModel.from_config(config, trust_remote_code=False))

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", NO_ALBUMENTATIONS_UPDATE="1")
+os.environ.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")  # tiny models: one is enough
 
 from data import draw_shapes  # noqa: E402
 from trainer import main as train  # noqa: E402

@@ -24,6 +24,7 @@ COMMANDS = [
 ]
 SMALL = ["--epochs", "1", "--batch-size", "8", "--image-size", "32", "--num-workers", "0", "--device", "cpu"]
 SMALL_ENCODERS = ["--image-encoder", "test_resnet", "--text-encoder", "distilbert", "--no-pretrained"]
+SMALL_ENCODERS += ["--text-layers", "1", "--text-width", "64"]
 
 
 @pytest.fixture(scope="module")
