@@ -4,6 +4,7 @@ python trainer.py --help
 python inference.py --help
 """
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -21,8 +22,9 @@ class UserError(Exception):
     """What the user can put right; `one_line_errors` prints it without a traceback."""
 
     def __init__(self, message: str):
-        # A loader worker hands an exception over inside the text of its traceback: the last line is the message.
-        super().__init__(message.strip().splitlines()[-1].removeprefix("config.UserError: "))
+        if message.startswith("Caught UserError in DataLoader worker"):  # inside its traceback, as the last line
+            message = message.strip().splitlines()[-1].removeprefix("config.UserError: ")
+        super().__init__(" ".join(message.splitlines()))
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ DEMO = {
     "name": "demo",
     "image_size": 64,
     "augment": False,  # a crop, a mirror or another hue would make the captions of coloured shapes false
-    "image_encoder": "test_resnet",  # timm's smallest
+    "image_encoder": "test_resnet",  # a third of a million parameters
     "text_encoder": "distilbert",
     "pretrained": False,
     "text_layers": 2,
@@ -123,7 +125,7 @@ class SearchConfig:
     """What is asked of trained weights."""
 
     weights: str = HfArg(help="best.pt or last.pt of a run")
-    n: int = HfArg(default=8, help="pictures to show for each query; one row of a grid")
+    n: int = HfArg(default=8, help="pictures to show for each query; eight fill two rows of the grid")
     query: list[str] = HfArg(
         default_factory=list,
         metadata={"action": "extend"},
@@ -147,9 +149,11 @@ class SearchConfig:
         _require_ranges(self, n=(1, 1_000_000), num_workers=(0, 256))
         if not all(query.strip() for query in self.query):
             raise ValueError("argument --query: empty, but some words are needed")
+        if "-" in self.query and len(self.query) > 1:
+            raise ValueError("argument --query: - reads all queries from standard input, so it stands alone")
         if any("\ud800" <= letter <= "\udfff" for letter in "".join(self.query)):
             raise ValueError("argument --query: not UTF-8")
-        if Path(self.output).suffix.lower() not in (".png", ".jpg", ".pdf", ".svg", ".csv"):
+        if Path(self.output).suffix.lower() not in (".png", ".jpg", ".jpeg", ".pdf", ".svg", ".csv"):
             raise ValueError(f"argument --output: {self.output}, but it must end in .png, .jpg, .pdf, .svg or .csv")
 
 
@@ -209,6 +213,8 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
             sys.exit(f"error: a process that reads pictures died, try --num-workers 0: {' '.join(str(error).split())}")
         except (KeyboardInterrupt, EOFError):
             sys.exit("stopped")
+        except BrokenPipeError:  # whoever read the output has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     return script
 

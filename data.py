@@ -133,7 +133,7 @@ def _read_table(path: Path) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
     try:
-        columns = [column.strip() for column in next(reader, [])]
+        columns = [column.strip().lower() for column in next(reader, [])]
         if not {"image", "caption"} <= set(columns):
             raise csv.Error(f"columns {columns}, but 'image' and 'caption' are needed")
         for cells in reader:

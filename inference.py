@@ -104,7 +104,7 @@ def retrieval_metrics(
     for start in range(0, len(text_embeddings), block):
         scores = text_embeddings[start : start + block] @ image_embeddings.T  # (b, D) @ (D, N)
         right = scores.gather(1, picture_of_text[start : start + block, None])  # (b, 1)
-        text_to_image.append((~(scores < right)).sum(dim=1))  # itself, and all that is not worse
+        text_to_image.append((~(scores < right)).sum(dim=1))  # itself and all not worse; not-a-number is not worse
     for start in range(0, len(image_embeddings), block):
         scores = image_embeddings[start : start + block] @ text_embeddings.T  # (b, D) @ (D, M)
         own = picture_of_text == torch.arange(start, start + len(scores))[:, None]  # (b, M)
@@ -129,7 +129,7 @@ def evaluate(
     for error in broken.values():
         raise error
     texts = embed_texts(text, tokenizer, split.texts, device)
-    picture_of_text = [picture for picture, texts in enumerate(split.captions) for _ in texts]
+    picture_of_text = [picture for picture, captions in enumerate(split.captions) for _ in captions]
     return retrieval_metrics(images, texts, torch.tensor(picture_of_text))
 
 
@@ -355,7 +355,7 @@ def draw_texts(found: list[Match]) -> Figure:
 
 
 def wrapped(text: str, width: int) -> str:
-    return "\n".join(textwrap.wrap(textwrap.shorten(text, 5 * width), width))
+    return "\n".join(textwrap.wrap(textwrap.shorten(text, 2 * width), width))
 
 
 def thumbnail(path: Path) -> Image.Image:

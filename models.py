@@ -8,6 +8,7 @@ model.encode_image(pixels)  # (B, 3, S, S) uint8 to (B, D), each of unit length
 import hashlib
 import math
 import os
+import textwrap
 import zipfile
 from collections import Counter
 from collections.abc import Callable
@@ -267,11 +268,9 @@ def _quiet_hub() -> None:
 
 
 def _unavailable(flag: str, name: str, folder: str, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:150]
-    return UserError(
-        f"{flag} {name}: cannot be loaded ({reason}). Point to {folder} that holds it, start from random weights with "
-        "--no-pretrained, or try --demo"
-    )
+    reason = textwrap.shorten(str(error), 150)
+    way_out = f"Point to {folder} that holds it, start from random weights with --no-pretrained, or try --demo"
+    return UserError(f"{flag} {name}: cannot be loaded ({reason}). {way_out}")
 
 
 # ---------------------------------------------------------------- weights
@@ -287,15 +286,15 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             os.fsync(file.fileno())
         beside.replace(path)
     except (OSError, RuntimeError) as error:
-        cause = error.__context__ or error  # torch wraps a full disk into an error about positions
-        raise UserError(f"{path}: could not be written, what was there stands: {cause}") from None
+        reason = getattr(error.__context__ or error, "strerror", None) or error  # torch wraps that of a full disk
+        raise UserError(f"{path}: could not be written, what was there stands: {reason}") from None
     finally:
         with suppress(OSError):
             beside.unlink()
 
 
 def pack_weights(model: CLIP, tokenizer: Tokenizer, config: Config, example_query: str) -> dict[str, Any]:
-    """All that search needs, as tensors and plain values, with no path of this machine."""
+    """All that search needs, as tensors and plain values; of paths only that of the data, relative to where we are."""
     image_model, text_config = model.image.encoder.model, model.text.encoder.model.config.to_dict()
     text_config.pop("_name_or_path", None)
     architecture = image_model.pretrained_cfg["architecture"]

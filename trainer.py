@@ -175,7 +175,7 @@ def train_epoch(run: Run, epoch: int) -> float:
 
 
 def training_mode(model: CLIP, config: Config) -> None:
-    """Pretrained batch-norm statistics stay as they are: to replace them by a batch's cost half the recall (README)."""
+    """Pretrained batch-norm statistics stay: those of a batch cost 14 of 34 points of recall (README)."""
     model.train()
     model.image.encoder.train(not config.freeze_image_encoder)
     model.text.encoder.train(not config.freeze_text_encoder)
@@ -348,8 +348,9 @@ def open_events(run: Run) -> Any:
 
 
 def log_events(run: Run, step: int, values: dict[str, float]) -> None:
-    for name, value in values.items() if run.events else ():
-        run.events.add_scalar(name, value, step)
+    if run.events:
+        for name, value in values.items():
+            run.events.add_scalar(name, value, step)
         run.events.flush()
 
 
@@ -363,7 +364,7 @@ def draw_curves(table: pd.DataFrame, chance: float, best: int) -> Figure:
     for axes, way, title in zip(ways, ("t2i", "i2t"), ("text to image", "image to text")):
         for k in RECALLS_AT:
             axes.plot(table["epoch"], table[f"{way}_r{k}"], marker=".", label=f"R@{k}")
-        axes.set(title=f"{title}, dev split", ylabel="recall, %", ylim=(0, 100))
+        axes.set(title=f"{title}, dev split", ylabel="recall, %", ylim=(0, 102))
     for axes in (loss, *ways):
         axes.axvline(best, color="black", linewidth=0.8, linestyle="--", label=f"best epoch, {best}")
         axes.set_xlabel("epoch")
@@ -389,8 +390,7 @@ def finish(run: Run) -> None:
     """Scores the best weights on the test split, once, and says what to do next."""
     best = read_weights(run.folder / "best.pt")
     metrics = validate(load_clip(best).to(run.device), run, "test")
-    text = json.dumps(metrics, indent=2) + "\n"
-    write_whole(run.folder / "test.json", lambda file: file.write(text.encode()))
+    write_whole(run.folder / "test.json", lambda file: file.write(json.dumps(metrics, indent=2).encode()))
     print(f"test, with the weights of epoch {best_epoch(run.history)}: {describe(metrics)}")
     print(f"saved in {run.folder}: best.pt, last.pt, metrics.csv, curves.png, test.json")
     print(f"python inference.py --weights {run.folder / 'best.pt'} --n 8 --query {shlex.quote(best['example_query'])}")
