@@ -546,3 +546,26 @@ def test_a_truncated_picture_stops_training_when_it_is_read(workplace, own_shape
     message = last_words(*TINY, "--num-workers", workers, "--data-dir", "own")
     assert str(picture.relative_to(workplace)) in message
     assert "Traceback" not in message
+
+
+# ---------------------------------------------------------------- frozen encoders
+
+
+@pytest.mark.parametrize("which", ["image", "text"])
+def test_a_frozen_encoder_stays_as_it_is_while_its_head_learns(workplace, shapes, which):
+    main([*TINY, "--data-dir", str(shapes), f"--freeze-{which}-encoder", "--name", "frozen", "--epochs", "1"])
+    first, last = weights_before(workplace, shapes, which), tensors(workplace / "runs/frozen/last.pt")
+    moved = {name for name in first if not torch.equal(first[name], last[name])}
+    assert not [name for name in moved if name.startswith(f"{which}.encoder.")]  # batch-norm statistics among them
+    assert [name for name in moved if name.startswith(f"{which}.head.")]
+    other = "text" if which == "image" else "image"
+    assert [name for name in moved if name.startswith(f"{other}.encoder.")]
+
+
+def weights_before(workplace: Path, shapes: Path, which: str) -> dict[str, Tensor]:
+    """The weights before the first step of the same run."""
+    at_once = at_step(1, KeyboardInterrupt())
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(trainer, "contrastive_loss", at_once)
+        main([*TINY, "--data-dir", str(shapes), f"--freeze-{which}-encoder", "--name", "first", "--epochs", "1"])
+    return tensors(workplace / "runs/first/last.pt")
