@@ -4,6 +4,7 @@ python trainer.py --help
 python inference.py --help
 """
 
+import io
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -202,7 +203,8 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
 
     def script(argv: list[str] | None = None) -> None:
         for stream in (sys.stdout, sys.stderr):
-            stream.reconfigure(errors="backslashreplace")  # a file may have a name that no terminal can show
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")  # a file may have a name that no terminal can show
         try:
             main(argv)
         except UserError as error:
