@@ -121,16 +121,9 @@ def train(config: Config, checkpoint: dict[str, Any] | None) -> None:
         loss = train_epoch(run, epoch)
         seconds = time.perf_counter() - started
         metrics = validate(run.model, run, "dev")
-        run.history.append(
-            {
-                "epoch": epoch + 1,
-                "seconds": seconds,
-                "pairs_per_second": len(run.loader) * config.batch_size / seconds,
-                "lr": run.optimizer.param_groups[-1]["lr"],
-                "train_loss": loss,
-                **metrics,
-            }
-        )
+        speed, lr = len(run.loader) * config.batch_size / seconds, run.optimizer.param_groups[-1]["lr"]
+        row = {"epoch": epoch + 1, "seconds": seconds, "pairs_per_second": speed, "lr": lr, "train_loss": loss}
+        run.history.append(row | metrics)
         print(f"epoch {epoch + 1} of {config.epochs}: loss {loss:.3f}, {seconds:.0f} s; dev {describe(metrics)}")
         log_events(run, epoch + 1, {f"dev/{name}": value for name, value in metrics.items()})
         if best_epoch(run.history) == epoch + 1:
@@ -226,6 +219,8 @@ def prepare_model_and_data(
     config: Config, checkpoint: dict[str, Any] | None
 ) -> tuple[CLIP, Tokenizer, dict[str, Split]]:
     """Pretrained weights come first: where they cannot be had, that is said before any data is fetched."""
+    if config.data_dir not in (Config.data_dir, DEMO["data_dir"]) and not Path(config.data_dir).exists():
+        raise UserError(f"--data-dir {config.data_dir}: no such folder")
     encoders = None
     if config.pretrained and not checkpoint:
         print(f"model: loading the pretrained {config.text_encoder} and {config.image_encoder}")
