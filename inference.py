@@ -126,8 +126,8 @@ def evaluate(
 ) -> dict[str, float]:
     """`retrieval_metrics` of a split: each picture once, and all its captions."""
     images, broken = embed_pictures(image, split.paths, config, device)
-    for error in broken.values():
-        raise error
+    if broken:
+        raise next(iter(broken.values()))
     texts = embed_texts(text, tokenizer, split.texts, device)
     picture_of_text = [picture for picture, captions in enumerate(split.captions) for _ in captions]
     return retrieval_metrics(images, texts, torch.tensor(picture_of_text))

@@ -51,8 +51,9 @@ class ImageEncoder(nn.Module):
         import timm  # here, since a search over embedded pictures does without it
 
         self.model = timm.create_model(name, pretrained=pretrained, **{"num_classes": 0, **arguments})
-        for name in ("mean", "std"):
-            self.register_buffer(name, 255 * torch.tensor(self.model.pretrained_cfg[name]).view(1, 3, 1, 1))
+        for statistic in ("mean", "std"):
+            values = 255 * torch.tensor(self.model.pretrained_cfg[statistic])  # of pixels from 0 to 255
+            self.register_buffer(statistic, values.view(1, 3, 1, 1))
         with torch.no_grad():  # timm's num_features is not always the width of what comes out
             self.width = self.eval()(torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8)).shape[-1]
         self.train()

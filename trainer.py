@@ -303,6 +303,7 @@ def keep_freed_memory() -> None:
 
 
 def validate(model: CLIP, run: Run, split: str) -> dict[str, float]:
+    """The recalls of a split; of the run's model after an epoch, of its best weights at the end."""
     model.eval()
     return evaluate(model.image, model.text, run.tokenizer, run.splits[split], run.config, run.device)
 

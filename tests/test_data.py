@@ -463,7 +463,7 @@ MANY = zipped({f"{i}.txt": "a dog runs over the snow " * 40 for i in range(20)})
         pytest.param((damaged(MANY, 35, 0b110), len(MANY)), id="a member that cannot be unpacked"),
         pytest.param((zipped({"../climbed.txt": "x"}),) * 2, id="a member climbs out"),
         pytest.param((zipped({"a/../../climbed.txt": "x"}),) * 2, id="a member climbs out from within"),
-        pytest.param((zipped({"/tmp/climbed.txt": "x"}),) * 2, id="a member with an absolute path"),
+        pytest.param((zipped({"/climbed.txt": "x"}),) * 2, id="a member with an absolute path"),
         pytest.param(None, id="404"),
     ],
 )
