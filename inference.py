@@ -10,9 +10,8 @@ import hashlib
 import json
 import math
 import os
-import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,11 +24,12 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from config import Config, SearchConfig, UserError, one_line_errors, parse, progress
+from config import Config, SearchConfig, UserError, asked, one_line_errors, parse, pick_device, progress, write_whole
 from data import Split, Transform, list_pictures, loader, read_picture, read_splits, stack, tokenize
-from models import Tower, load_tower, pick_device, read_weights, write_whole
+from models import Tower, load_tower, read_weights
 
 RECALLS_AT = (1, 5, 10)
+SCORES_AT_ONCE = 2**24  # of a block of the ranking: 64 MB
 METRICS = [f"{way}_{name}" for way in ("t2i", "i2t") for name in (*(f"r{k}" for k in RECALLS_AT), "medr")]
 
 
@@ -57,7 +57,7 @@ def embed_pictures(
     encode_image: Callable[[Tensor], Tensor], paths: list[Path], config: Config, device: torch.device
 ) -> tuple[Tensor, dict[int, UserError]]:
     """Unit vectors (R, D) of the R readable ones of `paths`, in order, and what is wrong with each of the others."""
-    batches = loader(_Readable(paths, config.image_size), config.num_workers, collate_fn=list, batch_size=64)
+    batches = loader(_Readable(paths, config.image_size), config.num_workers, device, collate_fn=list, batch_size=64)
     embeddings, broken, done = [], {}, 0
     for items in progress(batches, "embedding pictures", leave=False):
         broken |= {done + i: item for i, item in enumerate(items) if isinstance(item, UserError)}
@@ -83,14 +83,42 @@ def embed_texts(
 # ---------------------------------------------------------------- ranking
 
 
+def cosines(left: Tensor, right: Tensor) -> Tensor:
+    """Of unit vectors on the CPU, (L, D) @ (D, R), by NumPy: its BLAS took a third of the time of torch's (README)."""
+    return torch.from_numpy(left.numpy() @ right.numpy().T)
+
+
 def top_matches(query_embeddings: Tensor, image_embeddings: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """The n best pictures of each query: cosines and positions, both (Q, min(n, N)), best first."""
-    scores = query_embeddings @ image_embeddings.T  # (Q, D) @ (D, N)
-    return scores.topk(min(n, len(image_embeddings)))
+    """The n best pictures of each query: cosines and positions, both (Q, min(n, N)), best first.
+
+    Exact; a block of the pictures at a time, so that memory does not grow with their number.
+    """
+    queries, images = query_embeddings.numpy(), image_embeddings.numpy()
+    best = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
+    block = 64 * math.ceil(SCORES_AT_ONCE / 64 / len(queries))
+    for start in range(0, len(images), block):
+        scores = queries @ images[start : start + block].T  # (Q, D) @ (D, b)
+        columns = np.broadcast_to(np.arange(scores.shape[1]), scores.shape)
+        if (groups := scores.shape[1] // 64) > n:  # the best are in the n groups of 64 with the largest maxima
+            maxima = scores[:, : 64 * groups].reshape(-1, 64, groups).max(axis=1)  # (Q, groups)
+            members = _largest(maxima, columns, n)[1][:, :, None] + groups * np.arange(64)  # (Q, n, 64)
+            columns = np.hstack([members.reshape(len(queries), -1), columns[:, 64 * groups :]])
+            scores = np.take_along_axis(scores, columns, axis=1)
+        found = _largest(scores, start + columns, n)
+        best = _largest(*(np.hstack(parts) for parts in zip(best, found)), n)
+    order = np.argsort(-best[0], axis=1)
+    return tuple(torch.from_numpy(np.take_along_axis(part, order, axis=1)) for part in best)
+
+
+def _largest(scores: np.ndarray, positions: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """The n largest of each row (Q, b), in no order, and what `positions` has at their places."""
+    n = min(n, scores.shape[1])
+    places = np.argpartition(scores, -n, axis=1)[:, -n:]
+    return np.take_along_axis(scores, places, axis=1), np.take_along_axis(positions, places, axis=1)
 
 
 def retrieval_metrics(
-    image_embeddings: Tensor, text_embeddings: Tensor, picture_of_text: Tensor, block: int = 1024
+    image_embeddings: Tensor, text_embeddings: Tensor, picture_of_text: Tensor, block: int = 256
 ) -> dict[str, float]:
     """Recalls at 1, 5 and 10 in percent, and median ranks, text to image (t2i) and image to text (i2t).
 
@@ -102,11 +130,11 @@ def retrieval_metrics(
     """
     text_to_image, image_to_text = [], []
     for start in range(0, len(text_embeddings), block):
-        scores = text_embeddings[start : start + block] @ image_embeddings.T  # (b, D) @ (D, N)
+        scores = cosines(text_embeddings[start : start + block], image_embeddings)  # (b, N)
         right = scores.gather(1, picture_of_text[start : start + block, None])  # (b, 1)
         text_to_image.append((~(scores < right)).sum(dim=1))  # itself and all not worse; not-a-number is not worse
     for start in range(0, len(image_embeddings), block):
-        scores = image_embeddings[start : start + block] @ text_embeddings.T  # (b, D) @ (D, M)
+        scores = cosines(image_embeddings[start : start + block], text_embeddings)  # (b, M)
         own = picture_of_text == torch.arange(start, start + len(scores))[:, None]  # (b, M)
         best = scores.masked_fill(~own, -math.inf).amax(dim=1, keepdim=True)  # (b, 1)
         image_to_text.append(1 + (~(scores < best) & ~own).sum(dim=1))
@@ -144,10 +172,7 @@ def describe(metrics: dict[str, float]) -> str:
 
 @dataclass(frozen=True)
 class Match:
-    """A text and a picture that were found to belong together: a row of the table.
-
-    `score` is their cosine after `search`, and the probability of the text after `classify`; `rank` counts from 1.
-    """
+    """A text and a picture that fit; `score` is their cosine, or the probability of the text (`classify`)."""
 
     query: str
     rank: int
@@ -156,12 +181,7 @@ class Match:
 
 
 class Searcher:
-    """Trained weights, ready to be asked.
-
-    searcher = Searcher("runs/demo/best.pt")
-    for match in searcher.search(["a red circle"], images="my/folder", n=8)[0]:
-        print(match.rank, match.score, match.path)
-    """
+    """Trained weights, ready to be asked: `Searcher("best.pt").search(["a dog"], images="my/folder", n=8)`."""
 
     def __init__(self, weights: str | Path, device: str = "auto", num_workers: int = 4) -> None:
         """Raises `UserError` where `weights` is not a file of ours."""
@@ -179,8 +199,8 @@ class Searcher:
         return load_tower(self.weights, "text").to(self.device)
 
     def search(self, queries: list[str], images: str = "", n: int = 8) -> list[list[Match]]:
-        """For each query its n best matches, best first, among the pictures in the folder `images` and below it;
-        without a folder, among the test pictures of the data set of the training."""
+        """For each query its n best matches, best first, among the pictures in and below the folder `images`; without
+        one, among the test pictures of the training's data set."""
         paths, image_embeddings = self.embed(images)
         query_embeddings = embed_texts(self.text_tower, self.tokenizer, queries, self.device)
         scores, positions = top_matches(query_embeddings, image_embeddings, n)
@@ -197,11 +217,9 @@ class Searcher:
         with torch.inference_mode():
             embedding = self.image_tower(pixels.to(self.device)).cpu()
         text_embeddings = embed_texts(self.text_tower, self.tokenizer, texts, self.device)
-        cosines = (embedding @ text_embeddings.T)[0]  # (1, D) @ (D, Q)
-        probabilities = (self.weights["model"]["logit_scale"].exp() * cosines).softmax(dim=0)
-        scores, positions = probabilities.topk(min(n, len(texts)))
-        found = enumerate(zip(scores.tolist(), positions.tolist()), start=1)
-        return [Match(texts[at], rank, score, Path(image)) for rank, (score, at) in found]
+        logits = self.weights["model"]["logit_scale"].exp() * cosines(embedding, text_embeddings)[0]  # (Q,)
+        scores, positions = (found.tolist() for found in logits.softmax(dim=0).topk(min(n, len(texts))))
+        return [Match(texts[at], i + 1, score, Path(image)) for i, (score, at) in enumerate(zip(scores, positions))]
 
     def embed(self, images: str = "") -> tuple[list[Path], Tensor]:
         """The readable pictures and their embeddings (N, D), from the index beside the weights as far as it has them.
@@ -210,23 +228,21 @@ class Searcher:
         """
         paths = self._list(images)
         states = [_state(path) for path in paths]
-        width = self.config.projection_dim
         name = os.path.abspath(images or self.config.data_dir) + ("" if images else " test split")
+        width = self.config.projection_dim
         index = _Index(self.weights_path.with_suffix(".index"), name, self.weights["fingerprint"], width)
         known, embeddings = index.read()
         if states == known:
             return paths, torch.from_numpy(embeddings)
         rows = {state: row for row, state in enumerate(known)}
-        new = [i for i, state in enumerate(states) if state not in rows]
-        if new:
+        if new := [i for i, state in enumerate(states) if state not in rows]:
             fresh, broken = embed_pictures(self.image_tower, [paths[i] for i in new], self.config, self.device)
             if broken:
                 print(f"skipped {len(broken)} of {len(paths)} pictures:", *broken.values(), sep="\n  ")
             readable = [i for position, i in enumerate(new) if position not in broken]
             rows |= {states[i]: len(known) + row for row, i in enumerate(readable)}
             embeddings = np.concatenate([embeddings, fresh.numpy().reshape(-1, width)])
-        kept = [i for i, state in enumerate(states) if state in rows]
-        if not kept:
+        if not (kept := [i for i, state in enumerate(states) if state in rows]):
             raise UserError(f"{images}: holds no picture that can be read")
         embeddings = embeddings[[rows[states[i]] for i in kept]]
         if [states[i] for i in kept] != known:
@@ -234,13 +250,13 @@ class Searcher:
         return [paths[i] for i in kept], torch.from_numpy(embeddings)
 
     def _list(self, images: str) -> list[Path]:
-        if not images:
-            if not Path(self.config.data_dir).is_dir():
-                raise UserError(f"{self.config.data_dir}, where the weights were trained, is not here; give --images")
-            return read_splits(self.config.data_dir)["test"].paths
-        if not (paths := list_pictures(Path(images))):
+        if images:
+            if paths := list_pictures(Path(images)):
+                return paths
             raise UserError(f"--images {images}: not a folder that holds pictures")
-        return paths
+        if Path(self.config.data_dir).is_dir():
+            return read_splits(self.config.data_dir)["test"].paths
+        raise UserError(f"{self.config.data_dir}, where the weights were trained, is not here; give --images")
 
 
 def _state(path: Path) -> tuple[str, int, int]:
@@ -276,7 +292,7 @@ class _Index:
             states = [tuple(state) for state in content["pictures"]]
             embeddings = np.load(self.folder / f"{self.name}-{_digest(text)}.npy", mmap_mode="c", allow_pickle=False)
             fits = embeddings.shape == (len(states), self.width) and embeddings.dtype == np.float32
-            if not fits or not np.isfinite(embeddings).all():
+            if not fits or not np.isfinite(embeddings @ np.ones(self.width, np.float32)).all():
                 raise ValueError("its array does not fit its list")
         except Exception as error:  # whatever a torn or tampered file brings about
             print(f"{listing}: damaged, so it is made anew ({error})")
@@ -349,13 +365,12 @@ def draw_texts(found: list[Match]) -> Figure:
     picture.axis("off")
     bars.barh(range(len(found)), [match.score for match in found])
     bars.set_yticks(range(len(found)), [wrapped(match.query, 40) for match in found], fontsize=8, parse_math=False)
-    bars.set(xlim=(0, 1), xlabel="probability")
-    bars.invert_yaxis()
+    bars.set(xlim=(0, 1), xlabel="probability", ylim=(len(found) - 0.5, -0.5))
     return figure
 
 
 def wrapped(text: str, width: int) -> str:
-    return "\n".join(textwrap.wrap(textwrap.shorten(text, 2 * width), width))
+    return textwrap.fill(textwrap.shorten(text, 2 * width), width)
 
 
 def thumbnail(path: Path) -> Image.Image:
@@ -375,25 +390,8 @@ def main(argv: list[str] | None = None) -> None:
         texts = config.query or read_splits(searcher.config.data_dir)["test"].texts
         show([searcher.classify(config.image, texts, config.n)], Path(config.output), of_picture=True)
     else:
-        for queries in asked(config.query or [searcher.weights["example_query"]]):
-            show(searcher.search(queries, config.images, config.n), Path(config.output))
-
-
-def asked(queries: list[str]) -> Iterator[list[str]]:
-    """The queries to answer together; with "-" those of standard input, in a terminal one after the other."""
-    if queries != ["-"]:
-        yield queries
-    elif sys.stdin.isatty():
-        while query := input("query (an empty line ends): ").strip():
-            yield [query]
-    else:
-        try:
-            lines = [line.strip() for line in sys.stdin if line.strip()]
-        except UnicodeDecodeError:
-            lines = []
-        if not lines:
-            raise UserError("--query -: standard input holds no line of UTF-8 text")
-        yield lines
+        queries = asked(config) or [searcher.weights["example_query"]]
+        show(searcher.search(queries, config.images, config.n), Path(config.output))
 
 
 if __name__ == "__main__":
