@@ -1,17 +1,28 @@
-"""Every setting of training (`Config`) and of searching (`SearchConfig`), and the command lines made of them.
+"""Every setting of training (`Config`) and of searching (`SearchConfig`), the command lines made of them, and the
+machine they run on: its device, its processes, its memory, its files.
 
 python trainer.py --help
 python inference.py --help
 """
 
+import ctypes
 import io
 import os
+import platform
+import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed._functional_collectives import all_gather_single_autograd
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
@@ -41,7 +52,11 @@ class Config:
     image_size: int = HfArg(default=224, help="side of the square pictures, in pixels; what the encoders saw before")
     max_length: int = HfArg(default=64, help="longer captions are cut, in tokens; Flickr8k's are up to 42 long")
     augment: bool = HfArg(default=True, help="crop, mirror and recolour training pictures, so that few go further")
-    num_workers: int = HfArg(default=4, help="processes that read pictures ahead of the model; 0 reads in the loop")
+    num_workers: int = HfArg(
+        default=-1,
+        help="processes that read pictures ahead of the model; 0 reads in the loop; -1: 4 beside a GPU, 0 on the CPU, "
+        "whose cores the encoders fill",
+    )
     # model
     image_encoder: str = HfArg(
         default="resnet50", help="any timm model, or local-dir:FOLDER as timm saves one; ResNet-50 as in the paper"
@@ -62,7 +77,13 @@ class Config:
     temperature: float = HfArg(default=0.07, help="start of the learnt temperature, as in the paper (section 2.4)")
     # optimisation
     epochs: int = HfArg(default=12, help="passes over the pictures, each with another caption drawn")
-    batch_size: int = HfArg(default=128, help="pairs per step; every pair has the others of its batch as negatives")
+    batch_size: int = HfArg(
+        default=128, help="pairs per step, of all processes together; every pair has the others as its negatives"
+    )
+    chunk_size: int = HfArg(
+        default=0,
+        help="pairs whose activations are in memory at a time, for batches larger than that: a quarter slower; 0: all",
+    )
     image_lr: float = HfArg(default=1e-4, help="peak learning rate of the image encoder: pretrained, so slow")
     text_lr: float = HfArg(default=5e-5, help="peak learning rate of the text encoder: pretrained, so slow")
     head_lr: float = HfArg(default=1e-3, help="peak learning rate of projection heads and temperature: new, so fast")
@@ -83,7 +104,7 @@ class Config:
             self,
             image_size=(32, 2048),
             max_length=(4, 512),
-            num_workers=(0, 256),
+            num_workers=(-1, 256),
             text_layers=(0, 100),
             text_width=(0, 8192),
             projection_dim=(1, 65536),
@@ -91,6 +112,7 @@ class Config:
             temperature=(0.01, 100.0),  # 0.01 is where the paper clamps
             epochs=(1, 100_000),
             batch_size=(2, 1_000_000),  # a contrastive loss needs a negative
+            chunk_size=(0, 1_000_000),
             image_lr=(0.0, 1.0),
             text_lr=(0.0, 1.0),
             head_lr=(0.0, 1.0),
@@ -117,7 +139,6 @@ DEMO = {
     "epochs": 7,
     "image_lr": 1e-3,  # nothing is pretrained here, so nothing needs to be slow
     "text_lr": 1e-3,
-    "num_workers": 2,
 }
 
 
@@ -141,13 +162,17 @@ class SearchConfig:
         default="matches.png", help="by its ending a picture (.png, .jpg, .pdf, .svg) or a table (.csv)"
     )
     evaluate: bool = HfArg(default=False, help="print the recalls on the data set's test split instead")
-    num_workers: int = HfArg(default=4, help="processes that read pictures ahead of the model; 0 reads in the loop")
+    num_workers: int = HfArg(
+        default=-1,
+        help="processes that read pictures ahead of the model; 0 reads in the loop; -1: 4 beside a GPU, 0 on the CPU, "
+        "whose cores the encoders fill",
+    )
     device: str = HfArg(
         default="auto", help="auto: cuda where there is one, else mps, else cpu; or a name such as cuda:1"
     )
 
     def __post_init__(self) -> None:
-        _require_ranges(self, n=(1, 1_000_000), num_workers=(0, 256))
+        _require_ranges(self, n=(1, 1_000_000), num_workers=(-1, 256))
         if not all(query.strip() for query in self.query):
             raise ValueError("argument --query: empty, but some words are needed")
         if "-" in self.query and len(self.query) > 1:
@@ -198,6 +223,19 @@ def parse(
     return parsed
 
 
+def asked(config: SearchConfig) -> list[str]:
+    """Those of the command line, or with "-" those on standard input, a line each."""
+    if config.query != ["-"]:
+        return config.query
+    try:
+        lines = [line.strip() for line in sys.stdin if line.strip()]
+    except UnicodeDecodeError:
+        lines = []
+    if not lines:
+        raise UserError("--query -: standard input holds no line of UTF-8 text")
+    return lines
+
+
 def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
     """Ends a script with one line and status 1 on a `UserError`; a bug still shows its traceback."""
 
@@ -224,4 +262,127 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
 def progress(items: Iterable, what: str, **options: Any) -> tqdm:
     """A bar for what takes more than a second; in a log file or a pipe, a line now and then."""
     seconds = 0.1 if sys.stderr.isatty() else 30
-    return tqdm(items, what, mininterval=seconds, maxinterval=seconds, delay=1, dynamic_ncols=True, **options)
+    options |= {"mininterval": seconds, "maxinterval": seconds, "delay": 1, "dynamic_ncols": True}
+    return tqdm(items, what, disable=dist.is_initialized() and dist.get_rank() > 0, **options)
+
+
+# ---------------------------------------------------------------- the machine
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that is asked for, made ready; with "auto" CUDA where there is one, else MPS, else the CPU.
+
+    Of the processes that torchrun starts on a machine, each takes a GPU of its own.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}; try auto or cpu") from None
+    device = torch.device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32
+    elif device.type == "cpu":
+        keep_freed_memory()
+    return device
+
+
+@dataclass(frozen=True)
+class Process:
+    """The process that trains: its device, its precision, and which it is of how many (torchrun's rank and world)."""
+
+    device: torch.device
+    precision: torch.dtype  # of the encoders: bf16 on CUDA that has it in hardware, else fp16; float32 elsewhere
+    rank: int  # the first, 0, speaks for all, validates and writes
+    count: int
+
+    @classmethod
+    def join(cls, device_name: str) -> "Process":
+        """Joins those that torchrun started. A plain `python trainer.py` is 0 of 1: no process group is made."""
+        device, precision = pick_device(device_name), torch.float32
+        if device.type == "cuda":
+            hardware = torch.cuda.is_bf16_supported(including_emulation=False)
+            precision = torch.bfloat16 if hardware else torch.float16
+        if not dist.is_torchelastic_launched():
+            return cls(device, precision, rank=0, count=1)
+        # Hours, as the others wait while the first fetches data or validates; a death torchrun notices at once.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
+        if dist.get_rank() > 0:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+            for stop in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(stop, signal.SIG_DFL)
+        return cls(device, precision, dist.get_rank(), dist.get_world_size())
+
+    def rows(self, batch_size: int) -> slice:
+        """Which pairs of each batch are its own."""
+        if batch_size % self.count:
+            raise UserError(f"--batch-size {batch_size}: cannot be shared evenly among {self.count} processes")
+        share = batch_size // self.count
+        return slice(self.rank * share, (self.rank + 1) * share)
+
+    def replicate(self, model: nn.Module) -> nn.Module:
+        """The model as each process trains it: with the same weights, and the mean of all gradients."""
+        if self.count == 1:
+            return model
+        if self.device.type == "cuda":  # batch norm in training mode sees the whole batch; torch has it for CUDA alone
+            from timm.layers import convert_sync_batchnorm
+
+            convert_sync_batchnorm(model)
+        return DistributedDataParallel(model, forward_sync_buffers=False, static_graph=True)
+
+    def gather(self, rows: torch.Tensor) -> torch.Tensor:
+        """From its own rows (R, D) to those of all (B, D); gradients flow back to the process that a row came from."""
+        return rows if self.count == 1 else all_gather_single_autograd(rows, 0, dist.group.WORLD)
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """The mean of all processes' `values`."""
+        if self.count > 1:
+            dist.all_reduce(values)
+        return values / self.count
+
+    def in_turn(self, work: Callable[[], None]) -> None:
+        """Has the first process `work`, then the first of each machine, where machines share no files."""
+        for leads in (self.rank == 0, os.environ.get("LOCAL_RANK", "0") == "0"):
+            if leads:
+                work()
+            self.wait()
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.count > 1:
+            dist.barrier()
+
+    def leave(self) -> None:
+        """Ends the group, when all are done."""
+        self.wait()
+        if self.count > 1:
+            dist.destroy_process_group()
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep what a step freed for the next: zeroing fresh pages took half the time of a step on the CPU."""
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no allocation gets pages of its own
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: freed pages are not handed back
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Replaces `path` at once: at no instant is it missing or half-written, even if the process is killed."""
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two processes may build the same index
+    try:
+        with beside.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error.__context__ or error, "strerror", None) or error  # torch wraps that of a full disk
+        raise UserError(f"{path}: could not be written, what was there stands: {reason}") from None
+    finally:
+        with suppress(OSError):
+            beside.unlink()

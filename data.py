@@ -1,13 +1,13 @@
 """Pictures with captions: found, checked, split, fetched or drawn, and made into batches.
 
 from data import read_splits
-splits = read_splits("data/flickr8k")
-splits["train"].paths[0], splits["train"].captions[0]
+splits = read_splits("data/flickr8k")  # splits["train"].captions[0] are those of splits["train"].paths[0]
 """
 
 import csv
 import io
 import itertools
+import math
 import os
 import re
 import shutil
@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,10 +27,11 @@ from PIL import Image, ImageDraw, ImageOps
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from config import DEMO, Config, UserError, progress
+from config import Config, UserError, progress
 
 SPLITS = ("train", "dev", "test")
 ARCHIVES = ("Flickr8k_Dataset.zip", "Flickr8k_text.zip")
+TEXT_GROUPS = 4  # of a batch's captions, each padded to its own longest
 Row = tuple[str, str, str]  # of a caption file: where it stands there, the picture's name, the caption
 
 
@@ -168,15 +170,6 @@ def _draw_lists(names: list[str]) -> dict[str, set[str]]:
     return {"train": set(order[2 * held :]), "dev": set(order[:held]), "test": set(order[held : 2 * held])}
 
 
-def prepare_data_dir(config: Config) -> None:
-    """Fetches Flickr8k, or draws the demo's shapes, where the default folder is absent."""
-    folder = Path(config.data_dir)
-    if config.demo and config.data_dir == DEMO["data_dir"] and not folder.exists():
-        draw_shapes(folder)
-    elif config.data_dir == Config.data_dir and not folder.exists():
-        fetch_flickr8k(folder, config.download_url)
-
-
 def fetch_flickr8k(folder: Path, base_url: str) -> None:
     """Downloads and unpacks both archives; `folder` appears at once, when everything in it is sound."""
     print(f"data: {folder} is absent; fetching Flickr8k (1.1 GB, for non-commercial research only)")
@@ -237,8 +230,7 @@ def draw_shapes(folder: Path, train: int = 5000, dev: int = 200, test: int = 200
     while len(scenes) < train + dev + test:
         scene = _invent_scene(rng)
         scenes[frozenset(tuple(thing.values()) for thing in scene)] = scene
-    names = [f"{number:05d}.png" for number in range(len(scenes))]
-    rows = [("image", "caption")]
+    names, rows = [f"{i:05d}.png" for i in range(len(scenes))], [("image", "caption")]
     for name, scene in zip(progress(names, f"drawing {folder}"), scenes.values()):
         _draw_scene(scene, rng).save(drawing / "Images" / name)
         for words, joint in WORDINGS:
@@ -296,11 +288,8 @@ def read_picture(path: Path) -> np.ndarray:
 
 
 class Transform:
-    """Pictures at the encoder's size: (H, W, 3) to (S, S, 3), both `uint8`.
-
-    For evaluation the square in the middle is taken, as in the paper. For training `draw` decides a crop, brightness,
-    contrast and saturation, and a mirror image where the caption says neither left nor right.
-    """
+    """Pictures (H, W, 3) at the encoder's size (S, S, 3), `uint8`. To evaluate, the square in the middle is taken;
+    to train, `draw` decides crop, brightness, contrast, saturation, and a mirror image where the caption allows it."""
 
     def __init__(self, image_size: int) -> None:
         # Imported here: a search over pictures that are already embedded needs none of it.
@@ -348,13 +337,11 @@ class TrainingPictures(Dataset):
 
 
 class EpochBatches(Sampler):
-    """Batches of (epoch, picture) in an order drawn from seed and epoch; the last short batch is dropped.
+    """Of each batch one process's `rows`, as (epoch, picture), in an order drawn from seed and epoch; the last short
+    batch is dropped. The epoch goes along since workers that are kept alive never see a changed attribute."""
 
-    The epoch goes along since workers that are kept alive never see a changed attribute.
-    """
-
-    def __init__(self, pictures: int, batch_size: int, seed: int) -> None:
-        self.pictures, self.batch_size, self.seed, self.epoch = pictures, batch_size, seed, 0
+    def __init__(self, pictures: int, batch_size: int, seed: int, rows: slice) -> None:
+        self.pictures, self.batch_size, self.seed, self.rows, self.epoch = pictures, batch_size, seed, rows, 0
 
     def __len__(self) -> int:
         return self.pictures // self.batch_size
@@ -362,7 +349,7 @@ class EpochBatches(Sampler):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.pictures)
         for batch in order[: len(self) * self.batch_size].reshape(-1, self.batch_size).tolist():
-            yield [(self.epoch, picture) for picture in batch]
+            yield [(self.epoch, picture) for picture in batch[self.rows]]
 
 
 def stack(pictures: Iterable[np.ndarray]) -> torch.Tensor:
@@ -376,25 +363,38 @@ def tokenize(tokenizer: Tokenizer, texts: list[str]) -> tuple[torch.Tensor, torc
     return torch.tensor([e.ids for e in encodings]), torch.tensor([e.attention_mask for e in encodings])
 
 
-def collate(items: list[tuple[np.ndarray, str]], tokenizer: Tokenizer) -> tuple[torch.Tensor, ...]:
-    """Items of `TrainingPictures` to one batch of pixels, token ids and mask."""
-    pictures, captions = zip(*items)
-    return stack(pictures), *tokenize(tokenizer, list(captions))
+def collate(items: list[tuple[np.ndarray, str]], tokenizer: Tokenizer, chunk_size: int) -> tuple[torch.Tensor, list]:
+    """Items of `TrainingPictures` to one batch: pixels, and token ids and mask of each group of captions.
+
+    The pairs come by the length of their captions, and a group is padded to its own longest: of a batch padded as a
+    whole half would be padding. The loss does not depend on the order of pairs.
+    """
+    pictures, captions = zip(*sorted(items, key=lambda item: len(item[1])))
+    size = min(math.ceil(len(items) / TEXT_GROUPS), chunk_size or len(items))
+    starts = range(0, len(items), size)
+    return stack(pictures), [tokenize(tokenizer, list(captions[start : start + size])) for start in starts]
 
 
-def loader(dataset: Dataset, workers: int, collate_fn: Callable, **options) -> DataLoader:
-    """A `DataLoader` that leaves torch's own generator alone, which dropout draws from."""
+def loader(dataset: Dataset, workers: int, device: torch.device, collate_fn: Callable, **options: Any) -> DataLoader:
+    """A `DataLoader` that leaves torch's own generator alone, which dropout draws from.
+
+    On the CPU -1 worker is none: a process that is forked off one of gigabytes has each of its pages copied once.
+    """
+    if workers < 0:
+        workers = 0 if device.type == "cpu" else 4
     warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores do no harm here
-    return DataLoader(dataset, num_workers=workers, collate_fn=collate_fn, generator=torch.Generator(), **options)
+    options |= {"pin_memory": device.type == "cuda", "persistent_workers": workers > 0, "generator": torch.Generator()}
+    return DataLoader(dataset, num_workers=workers, collate_fn=collate_fn, **options)
 
 
-def training_loader(split: Split, tokenizer: Tokenizer, config: Config, device: torch.device) -> DataLoader:
-    """Batches for one epoch after another; set `batch_sampler.epoch` before each."""
+def training_loader(
+    split: Split, tokenizer: Tokenizer, config: Config, device: torch.device, rows: slice = slice(None)
+) -> DataLoader:
+    """Batches for one epoch after another, or of each batch the `rows`; set `batch_sampler.epoch` before each."""
     return loader(
         TrainingPictures(split, config),
         config.num_workers,
-        partial(collate, tokenizer=tokenizer),
-        batch_sampler=EpochBatches(len(split.paths), config.batch_size, config.seed),
-        persistent_workers=config.num_workers > 0,
-        pin_memory=device.type == "cuda",
+        device,
+        partial(collate, tokenizer=tokenizer, chunk_size=config.chunk_size),
+        batch_sampler=EpochBatches(len(split.paths), config.batch_size, config.seed, rows),
     )

@@ -11,33 +11,25 @@ import os
 import textwrap
 import zipfile
 from collections import Counter
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 from config import Config, UserError
 
 MAX_LOGIT_SCALE = 100.0  # section 2.4: "clipped to prevent scaling the logits by more than 100"
 FORMAT = "clip weights 1"
+TokenGroups = list[tuple[Tensor, Tensor]]  # captions some at a time: token ids and mask, both (b, T)
 IMAGE_ENCODER_ARGS = {"num_classes", "in_chans", "global_pool", "img_size"}  # all that a weights file may ask of timm
-
-
-def pick_device(name: str) -> torch.device:
-    """The device that is asked for; with "auto" CUDA where there is one, else MPS, else the CPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}; try auto or cpu") from None
-    return torch.device(name)
 
 
 class ImageEncoder(nn.Module):
@@ -120,24 +112,57 @@ class CLIP(nn.Module):
         """Token ids and mask (B, T) to unit vectors (B, D)."""
         return self.text(ids, mask)
 
-    def forward(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Both embeddings (B, D) and the scale of the logits, 1 / temperature."""
-        return self.encode_image(pixels), self.encode_text(ids, mask), self.logit_scale.exp()
+    def forward(self, pixels: Tensor, texts: TokenGroups, chunk_size: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """Both embeddings (B, D) and the scale of the logits, 1 / temperature.
+
+        With `chunk_size` the activations of so many pictures, or of one group of texts, are in memory at a time: they
+        are computed a second time in the backward pass, which needs them (the effect of arXiv 2101.06983).
+        """
+        encode = encode_twice if chunk_size else nn.Module.__call__
+        # Texts first: transformers waits for the device to see whether a group has padding at all.
+        text_embeddings = torch.cat([encode(self.text, *group) for group in texts])
+        chunks = pixels.split(chunk_size or len(pixels))
+        image_embeddings = torch.cat([encode(self.image, chunk) for chunk in chunks])
+        return image_embeddings, text_embeddings, self.logit_scale.exp()
 
     @torch.no_grad()
     def clamp_temperature(self) -> None:
         self.logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
 
 
-def contrastive_loss(image_embeddings: Tensor, text_embeddings: Tensor, logit_scale: Tensor) -> Tensor:
+def encode_twice(tower: Tower, *inputs: Tensor) -> Tensor:
+    """The tower's embeddings, without its activations: the backward pass computes those anew, with the same dropout."""
+    return checkpoint(tower, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), keep_statistics(tower)))
+
+
+@contextmanager
+def keep_statistics(tower: Tower) -> Iterator[None]:
+    """Batch norm in training mode does not count the same batch in its running statistics a second time."""
+    norms = [module for module in tower.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    before = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    try:
+        for norm in norms:
+            norm.momentum = 0.0
+        yield
+    finally:
+        for norm, momentum, batches in before:
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(batches)
+
+
+def contrastive_loss(
+    image_embeddings: Tensor, text_embeddings: Tensor, logit_scale: Tensor, rows: slice = slice(None)
+) -> Tensor:
     """The symmetric contrastive loss (section 2.3, figure 3): each picture finds its text, each text its picture.
 
     Takes unit vectors (B, D), of which the i-th of each belong together, and returns the mean of the two
-    cross-entropies over the batch, in nats. A model that knows nothing scores about ln(B).
+    cross-entropies over the batch, in nats; with `rows` over those R pairs of it alone, the share of one process.
+    A model that knows nothing scores about ln(B).
     """
-    logits = logit_scale * image_embeddings @ text_embeddings.T  # (B, D) @ (D, B)
-    matches = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, matches) + F.cross_entropy(logits.T, matches)) / 2
+    matches = torch.arange(len(image_embeddings), device=image_embeddings.device)[rows]  # (R,)
+    image_logits = logit_scale * image_embeddings[rows] @ text_embeddings.T  # (R, D) @ (D, B)
+    text_logits = logit_scale * text_embeddings[rows] @ image_embeddings.T  # (R, D) @ (D, B)
+    return (F.cross_entropy(image_logits, matches) + F.cross_entropy(text_logits, matches)) / 2
 
 
 # ---------------------------------------------------------------- building
@@ -223,16 +248,6 @@ def word_pieces_of(captions: list[str], max_length: int) -> Tokenizer:
     return tokenizer
 
 
-def freeze_unused_parameters(model: nn.Module, *inputs: Tensor) -> None:
-    """Freezes what gets no gradient, such as the pooler that BERT carries for another task."""
-    model.eval()  # leaves batch-norm statistics and torch's generator alone
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    gradients = torch.autograd.grad(model(*inputs).sum(), parameters, allow_unused=True)
-    for parameter, gradient in zip(parameters, gradients):
-        parameter.requires_grad_(gradient is not None)
-    model.train()
-
-
 def _from_pretrained(name: str, *makers: Any, **options: Any) -> list[Any]:
     """What each of transformers' `makers` finds under a name or in a folder."""
     try:
@@ -275,23 +290,6 @@ def _unavailable(flag: str, name: str, folder: str, error: Exception) -> UserErr
 
 
 # ---------------------------------------------------------------- weights
-
-
-def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Replaces `path` at once: at no instant is it missing or half-written, even if the process is killed."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two processes may build the same index
-    try:
-        with beside.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except (OSError, RuntimeError) as error:
-        reason = getattr(error.__context__ or error, "strerror", None) or error  # torch wraps that of a full disk
-        raise UserError(f"{path}: could not be written, what was there stands: {reason}") from None
-    finally:
-        with suppress(OSError):
-            beside.unlink()
 
 
 def pack_weights(model: CLIP, tokenizer: Tokenizer, config: Config, example_query: str) -> dict[str, Any]:

@@ -4,47 +4,44 @@ python trainer.py --demo
 python trainer.py
 python trainer.py --data-dir my/folder --name mine --epochs 20
 python trainer.py --resume runs/clip/last.pt
+torchrun --nproc_per_node=4 trainer.py --batch-size 1024
 """
 
-import ctypes
 import importlib.util
 import json
 import math
-import platform
 import shlex
 import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
-from config import DEMO, Config, UserError, one_line_errors, parse, progress
-from data import Split, open_picture, prepare_data_dir, read_splits, tokenize, training_loader
+from config import DEMO, Config, Process, UserError, one_line_errors, parse, progress, write_whole
+from data import Split, draw_shapes, fetch_flickr8k, open_picture, read_splits, training_loader
 from inference import METRICS, RECALLS_AT, describe, evaluate
 from models import (
     CLIP,
+    TokenGroups,
     Tower,
     build_image_encoder,
     contrastive_loss,
-    freeze_unused_parameters,
     load_clip,
     load_text_encoder,
     pack_weights,
-    pick_device,
     read_weights,
     text_encoder_from_scratch,
-    write_whole,
 )
 
 MAY_CHANGE_ON_RESUME = {"data_dir", "download_url", "device", "num_workers", "resume"}
@@ -87,8 +84,9 @@ class Run:
 
     config: Config
     folder: Path
-    device: torch.device
+    process: Process
     model: CLIP
+    replica: nn.Module  # the model; of several processes, what keeps it the same in all
     tokenizer: Tokenizer
     splits: dict[str, Split]
     loader: DataLoader
@@ -103,68 +101,57 @@ def train(config: Config, checkpoint: dict[str, Any] | None) -> None:
     """Trains from the start, or on from a checkpoint, and scores the best weights on the test split."""
     run = prepare(config, checkpoint)
     announce(run)
-    try:
-        run.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{run.folder}: cannot be made into the run's folder: {error.strerror}") from None
-    run.events = open_events(run)
-    for half_written in run.folder.glob("*.tmp"):  # by a run that was killed
-        half_written.unlink()
-    if checkpoint:
-        report(run)  # it may have been killed before
-    else:
-        save_last(run)
-        for leftover in ("best.pt", "test.json", "curves.png"):  # of an earlier demo
-            (run.folder / leftover).unlink(missing_ok=True)
+    if first := run.process.rank == 0:  # it alone validates and writes
+        open_folder(run, resumed=checkpoint is not None)
     for epoch in range(len(run.history), config.epochs):
         started = time.perf_counter()
         loss = train_epoch(run, epoch)
-        seconds = time.perf_counter() - started
-        metrics = validate(run.model, run, "dev")
-        speed, lr = len(run.loader) * config.batch_size / seconds, run.optimizer.param_groups[-1]["lr"]
-        row = {"epoch": epoch + 1, "seconds": seconds, "pairs_per_second": speed, "lr": lr, "train_loss": loss}
-        run.history.append(row | metrics)
-        print(f"epoch {epoch + 1} of {config.epochs}: loss {loss:.3f}, {seconds:.0f} s; dev {describe(metrics)}")
-        log_events(run, epoch + 1, {f"dev/{name}": value for name, value in metrics.items()})
-        if best_epoch(run.history) == epoch + 1:
-            write_whole(run.folder / "best.pt", lambda file: torch.save(weights_of(run), file))
-        save_last(run)
-    finish(run)
+        if first:
+            finish_epoch(run, loss, time.perf_counter() - started)
+    if first:
+        finish(run)
+    run.process.leave()
 
 
 def train_epoch(run: Run, epoch: int) -> float:
     """One pass over the training pictures; returns the mean loss of its steps, and raises if one is not finite."""
     training_mode(run.model, run.config)
-    torch.manual_seed(run.config.seed * 100_003 + epoch)  # so that a resumed run draws the same dropout
+    seeds = np.random.SeedSequence((run.config.seed, epoch, run.process.rank))
+    torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))  # so that a resumed run draws the same dropout
     run.loader.batch_sampler.epoch = epoch
-    parameters = [parameter for group in run.optimizer.param_groups for parameter in group["params"]]
     losses: list[float] = []
-    unread, rates = [], []  # reading a loss waits for the device, so it is done now and then
+    unread: list[Tensor] = []  # reading a loss waits for the device, so it is done now and then
     with progress(run.loader, f"epoch {epoch + 1}", unit="step") as bar:
-        for pixels, ids, mask in bar:
-            pixels, ids, mask = (tensor.to(run.device, non_blocking=True) for tensor in (pixels, ids, mask))
-            with autocast(run.device):
-                embeddings_and_scale = run.model(pixels, ids, mask)
-            loss = contrastive_loss(*embeddings_and_scale)
-            run.scaler.scale(loss).backward()
-            run.scaler.unscale_(run.optimizer)
-            torch.nn.utils.clip_grad_norm_(parameters, run.config.clip_norm)
-            run.scaler.step(run.optimizer)
-            run.scaler.update()
-            run.optimizer.zero_grad()
-            unread.append(loss.detach())
-            rates.append(run.schedule.get_last_lr()[-1])
-            run.schedule.step()
-            run.model.clamp_temperature()
+        for pixels, texts in bar:
+            lr = run.schedule.get_last_lr()[-1]
+            unread.append(train_step(run, pixels, texts))
             if len(unread) == STEPS_BETWEEN_FIGURES or len(losses) + len(unread) == len(run.loader):
-                first_step = epoch * len(run.loader) + len(losses) + 1
-                losses += read_losses(unread, first_step)
-                for step, (value, lr) in enumerate(zip(losses[-len(unread) :], rates), start=first_step):
-                    log_events(run, step, {"train/loss": value, "train/lr": lr})
+                losses += read_losses(run, unread, first_step=epoch * len(run.loader) + len(losses) + 1)
                 speed = len(losses) * run.config.batch_size / max(bar.format_dict["elapsed"], 1e-3)
-                bar.set_postfix_str(f"loss {losses[-1]:.3f}, lr {rates[-1]:.1e}, {speed:.0f} pairs/s", refresh=False)
-                unread, rates = [], []
+                log_events(run, epoch * len(run.loader) + len(losses), {"train/loss": losses[-1], "train/lr": lr})
+                bar.set_postfix_str(f"loss {losses[-1]:.3f}, lr {lr:.1e}, {speed:.0f} pairs/s", refresh=False)
+                unread = []
     return sum(losses) / len(losses)
+
+
+def train_step(run: Run, pixels: Tensor, texts: TokenGroups) -> Tensor:
+    """One step of the weights on this process's rows of a batch; returns their loss, which nobody has waited for."""
+    process = run.process
+    pixels = pixels.to(process.device, non_blocking=True)
+    texts = [tuple(tensor.to(process.device, non_blocking=True) for tensor in group) for group in texts]
+    with torch.autocast(process.device.type, process.precision, enabled=process.precision is not torch.float32):
+        image_embeddings, text_embeddings, logit_scale = run.replica(pixels, texts, run.config.chunk_size)
+    everyones = process.gather(image_embeddings), process.gather(text_embeddings)  # (B, D), the negatives of all
+    loss = contrastive_loss(*everyones, logit_scale, process.rows(run.config.batch_size))
+    run.scaler.scale(loss).backward()
+    run.scaler.unscale_(run.optimizer)
+    nn.utils.clip_grad_norm_(run.model.parameters(), run.config.clip_norm)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad()
+    run.schedule.step()
+    run.model.clamp_temperature()
+    return loss.detach()
 
 
 def training_mode(model: CLIP, config: Config) -> None:
@@ -177,8 +164,9 @@ def training_mode(model: CLIP, config: Config) -> None:
             module.eval()
 
 
-def read_losses(losses: list[Tensor], first_step: int) -> list[float]:
-    values = torch.stack(losses).tolist()
+def read_losses(run: Run, losses: list[Tensor], first_step: int) -> list[float]:
+    """The losses of whole batches, the mean over the processes; raises if one is not finite."""
+    values = run.process.mean(torch.stack(losses)).tolist()
     for step, value in enumerate(values, start=first_step):
         if not math.isfinite(value):
             raise UserError(f"step {step}: the loss is {value}. Try lower rates (--image-lr, --text-lr, --head-lr)")
@@ -191,32 +179,37 @@ def read_losses(losses: list[Tensor], first_step: int) -> list[float]:
 def prepare(config: Config, checkpoint: dict[str, Any] | None) -> Run:
     """Everything of a run, ready for its next epoch."""
     folder = Path("runs") / config.name
-    if (folder / "last.pt").exists() and not checkpoint and not (config.demo and config.name == DEMO["name"]):
-        last = folder / "last.pt"
-        raise UserError(f"{last} exists: go on with --resume {last}, or choose another --name")
-    keep_freed_memory()
-    device = pick_device(config.device)
+    process = Process.join(config.device)
+    rows = process.rows(config.batch_size)
+    if process.rank == 0:
+        check_folder(folder, config, checkpoint)
     torch.manual_seed(config.seed)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32
-    model, tokenizer, splits = prepare_model_and_data(config, checkpoint)
-    model.to(device, memory_format=torch.channels_last)
-    loader = training_loader(splits["train"], tokenizer, config, device)
+    model, tokenizer, splits = prepare_model_and_data(config, checkpoint, process)
+    model.to(process.device, memory_format=torch.channels_last)
+    replica = process.replicate(model)
+    loader = training_loader(splits["train"], tokenizer, config, process.device, rows)
     optimizer = torch.optim.AdamW(parameter_groups(model, config), fused=True)
     schedule = LambdaLR(optimizer, warmup_then_cosine(config.epochs * len(loader), config.warmup))
-    scaler = torch.amp.GradScaler(device.type, enabled=lower_precision(device) is torch.float16)
-    run = Run(config, folder, device, model, tokenizer, splits, loader, optimizer, schedule, scaler, [])
+    scaler = torch.amp.GradScaler(process.device.type, enabled=process.precision is torch.float16)
+    run = Run(config, folder, process, model, replica, tokenizer, splits, loader, optimizer, schedule, scaler, [])
     if checkpoint:
         for part in ("optimizer", "schedule", "scaler"):
             getattr(run, part).load_state_dict(checkpoint[part])
         run.history += checkpoint["history"]
-        if run.history and not (folder / "best.pt").exists():
-            raise UserError(f"{folder / 'best.pt'}: missing; a run is resumed with its whole folder")
     return run
 
 
+def check_folder(folder: Path, config: Config, checkpoint: dict[str, Any] | None) -> None:
+    """Refuses to overwrite a run, and to resume one of which a part is missing."""
+    last, best = folder / "last.pt", folder / "best.pt"
+    if not checkpoint and last.exists() and not (config.demo and config.name == DEMO["name"]):
+        raise UserError(f"{last} exists: go on with --resume {last}, or choose another --name")
+    if checkpoint and checkpoint["history"] and not best.exists():
+        raise UserError(f"{best}: missing; a run is resumed with its whole folder")
+
+
 def prepare_model_and_data(
-    config: Config, checkpoint: dict[str, Any] | None
+    config: Config, checkpoint: dict[str, Any] | None, process: Process
 ) -> tuple[CLIP, Tokenizer, dict[str, Split]]:
     """Pretrained weights come first: where they cannot be had, that is said before any data is fetched."""
     if config.data_dir not in (Config.data_dir, DEMO["data_dir"]) and not Path(config.data_dir).exists():
@@ -225,7 +218,7 @@ def prepare_model_and_data(
     if config.pretrained and not checkpoint:
         print(f"model: loading the pretrained {config.text_encoder} and {config.image_encoder}")
         encoders = *load_text_encoder(config), build_image_encoder(config)
-    splits = prepare_data(config)
+    splits = prepare_data(config, process)
     if checkpoint:
         model, tokenizer = load_clip(checkpoint), checkpoint["tokenizer"]
     else:
@@ -234,15 +227,12 @@ def prepare_model_and_data(
         model = CLIP(Tower(image, config), Tower(text, config), config.temperature)
     model.image.encoder.requires_grad_(not config.freeze_image_encoder)
     model.text.encoder.requires_grad_(not config.freeze_text_encoder)
-    pixels = torch.zeros(2, 3, config.image_size, config.image_size, dtype=torch.uint8)
-    freeze_unused_parameters(model.image, pixels)
-    freeze_unused_parameters(model.text, *tokenize(tokenizer, ["one", "another"]))
     return model, tokenizer, splits
 
 
-def prepare_data(config: Config) -> dict[str, Split]:
+def prepare_data(config: Config, process: Process) -> dict[str, Split]:
     """The splits, after a look into the header of every picture, so that a broken one shows before the first step."""
-    prepare_data_dir(config)
+    process.in_turn(lambda: prepare_data_dir(config))
     splits = read_splits(config.data_dir)
     if (pictures := len(splits["train"].paths)) < config.batch_size:
         raise UserError(f"--batch-size {config.batch_size}: the training split holds only {pictures} pictures")
@@ -250,6 +240,15 @@ def prepare_data(config: Config) -> dict[str, Split]:
         with open_picture(path):
             pass
     return splits
+
+
+def prepare_data_dir(config: Config) -> None:
+    """Fetches Flickr8k, or draws the demo's shapes, where the default folder is absent."""
+    folder = Path(config.data_dir)
+    if config.demo and config.data_dir == DEMO["data_dir"] and not folder.exists():
+        draw_shapes(folder)
+    elif config.data_dir == Config.data_dir and not folder.exists():
+        fetch_flickr8k(folder, config.download_url)
 
 
 def parameter_groups(model: CLIP, config: Config) -> list[dict[str, Any]]:
@@ -279,33 +278,13 @@ def warmup_then_cosine(steps: int, warmup: float) -> Callable[[int], float]:
     return factor
 
 
-def lower_precision(device: torch.device) -> torch.dtype | None:
-    """bf16 on CUDA that has it in hardware, else fp16; None elsewhere: full precision."""
-    if device.type != "cuda":
-        return None
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-
-
-def autocast(device: torch.device) -> AbstractContextManager:
-    dtype = lower_precision(device)
-    return torch.autocast(device.type, dtype=dtype) if dtype else nullcontext()
-
-
-def keep_freed_memory() -> None:
-    """Has glibc keep what a step freed for the next: zeroing fresh pages took half the time of a step on the CPU."""
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no allocation gets pages of its own
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: freed pages are not handed back
-
-
 # ---------------------------------------------------------------- validating and saving
 
 
 def validate(model: CLIP, run: Run, split: str) -> dict[str, float]:
     """The recalls of a split; of the run's model after an epoch, of its best weights at the end."""
     model.eval()
-    return evaluate(model.image, model.text, run.tokenizer, run.splits[split], run.config, run.device)
+    return evaluate(model.image, model.text, run.tokenizer, run.splits[split], run.config, run.process.device)
 
 
 def best_epoch(history: list[dict[str, float]]) -> int:
@@ -325,6 +304,40 @@ def save_last(run: Run) -> None:
     report(run)
 
 
+def open_folder(run: Run, resumed: bool) -> None:
+    """The run's folder, with `last.pt` before the first step."""
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{run.folder}: cannot be made into the run's folder: {error.strerror}") from None
+    if importlib.util.find_spec("tensorboard"):
+        from torch.utils.tensorboard import SummaryWriter
+
+        run.events = SummaryWriter(run.folder / "events", purge_step=len(run.history) * len(run.loader) + 1)
+    for half_written in run.folder.glob("*.tmp"):  # by a run that was killed
+        half_written.unlink()
+    if resumed:
+        report(run)  # it may have been killed before
+    else:
+        save_last(run)
+        for leftover in ("best.pt", "test.json", "curves.png"):  # of an earlier demo
+            (run.folder / leftover).unlink(missing_ok=True)
+
+
+def finish_epoch(run: Run, loss: float, seconds: float) -> None:
+    """Validates, and writes the epoch's row and weights."""
+    epoch = len(run.history) + 1
+    metrics = validate(run.model, run, "dev")
+    speed, lr = len(run.loader) * run.config.batch_size / seconds, run.optimizer.param_groups[-1]["lr"]
+    row = {"epoch": epoch, "seconds": seconds, "pairs_per_second": speed, "lr": lr, "train_loss": loss}
+    run.history.append(row | metrics)
+    print(f"epoch {epoch} of {run.config.epochs}: loss {loss:.3f}, {seconds:.0f} s; dev {describe(metrics)}")
+    log_events(run, epoch, {f"dev/{name}": value for name, value in metrics.items()})
+    if best_epoch(run.history) == epoch:
+        write_whole(run.folder / "best.pt", lambda file: torch.save(weights_of(run), file))
+    save_last(run)
+
+
 def report(run: Run) -> None:
     """`metrics.csv` with a row an epoch, and `curves.png`."""
     columns = ["epoch", "seconds", "pairs_per_second", "lr", "train_loss", *METRICS]
@@ -335,19 +348,9 @@ def report(run: Run) -> None:
         write_whole(run.folder / "curves.png", lambda file: figure.savefig(file, format="png"))
 
 
-def open_events(run: Run) -> Any:
-    if importlib.util.find_spec("tensorboard") is None:
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(run.folder / "events", purge_step=len(run.history) * len(run.loader) + 1)
-
-
 def log_events(run: Run, step: int, values: dict[str, float]) -> None:
-    if run.events:
-        for name, value in values.items():
-            run.events.add_scalar(name, value, step)
-        run.events.flush()
+    for name, value in values.items() if run.events else ():
+        run.events.add_scalar(name, value, step)
 
 
 def draw_curves(table: pd.DataFrame, chance: float, best: int) -> Figure:
@@ -377,15 +380,16 @@ def announce(run: Run) -> None:
     millions = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.image, model.text)]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
     print(f"model: {millions[0]:.1f} M image + {millions[1]:.1f} M text parameters, {trained:.1f} M of them trained")
-    precision = str(lower_precision(run.device) or torch.float32).removeprefix("torch.")
-    print(f"device: {run.device}, {precision}; {len(run.loader)} steps an epoch of {config.batch_size} pairs")
+    process = run.process
+    kind = f"{str(process.precision).removeprefix('torch.')}, {process.count} process{'es' * (process.count > 1)}"
+    print(f"device: {process.device}, {kind}; {len(run.loader)} steps an epoch of {config.batch_size} pairs")
     print(f"loss at chance: ln({config.batch_size}) = {math.log(config.batch_size):.3f}")
 
 
 def finish(run: Run) -> None:
     """Scores the best weights on the test split, once, and says what to do next."""
     best = read_weights(run.folder / "best.pt")
-    metrics = validate(load_clip(best).to(run.device), run, "test")
+    metrics = validate(load_clip(best).to(run.process.device), run, "test")
     write_whole(run.folder / "test.json", lambda file: file.write(json.dumps(metrics, indent=2).encode()))
     print(f"test, with the weights of epoch {best_epoch(run.history)}: {describe(metrics)}")
     print(f"saved in {run.folder}: best.pt, last.pt, metrics.csv, curves.png, test.json")
