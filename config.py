@@ -9,6 +9,7 @@ import ctypes
 import io
 import os
 import platform
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -54,8 +55,7 @@ class Config:
     augment: bool = HfArg(default=True, help="crop, mirror and recolour training pictures, so that few go further")
     num_workers: int = HfArg(
         default=-1,
-        help="processes that read pictures ahead of the model; 0 reads in the loop; -1: 4 beside a GPU, 0 on the CPU, "
-        "whose cores the encoders fill",
+        help="processes that read pictures ahead of the model; 0 reads in the loop; -1: 4, and to embed on the CPU 0",
     )
     # model
     image_encoder: str = HfArg(
@@ -82,7 +82,7 @@ class Config:
     )
     chunk_size: int = HfArg(
         default=0,
-        help="pairs whose activations are in memory at a time, for batches larger than that: a quarter slower; 0: all",
+        help="pairs of a process whose activations are in memory at a time, for larger batches: a third slower; 0: all",
     )
     image_lr: float = HfArg(default=1e-4, help="peak learning rate of the image encoder: pretrained, so slow")
     text_lr: float = HfArg(default=5e-5, help="peak learning rate of the text encoder: pretrained, so slow")
@@ -121,6 +121,8 @@ class Config:
             clip_norm=(1e-6, 1e6),
             seed=(0, 2**32 - 1),
         )
+        if self.chunk_size == 1:
+            raise ValueError("argument --chunk-size: 1, but batch norm needs two pictures at least; or 0 for all")
         if self.name in ("", ".", "..") or "/" in self.name or "\\" in self.name:
             raise ValueError(f"argument --name: {self.name!r} is not a folder name; runs/NAME must be a folder of runs")
 
@@ -139,6 +141,7 @@ DEMO = {
     "epochs": 7,
     "image_lr": 1e-3,  # nothing is pretrained here, so nothing needs to be slow
     "text_lr": 1e-3,
+    "num_workers": 2,
 }
 
 
@@ -164,8 +167,7 @@ class SearchConfig:
     evaluate: bool = HfArg(default=False, help="print the recalls on the data set's test split instead")
     num_workers: int = HfArg(
         default=-1,
-        help="processes that read pictures ahead of the model; 0 reads in the loop; -1: 4 beside a GPU, 0 on the CPU, "
-        "whose cores the encoders fill",
+        help="processes that read pictures ahead of the model; 0 reads in the loop; -1: 4, and to embed on the CPU 0",
     )
     device: str = HfArg(
         default="auto", help="auto: cuda where there is one, else mps, else cpu; or a name such as cuda:1"
@@ -248,6 +250,8 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
         except UserError as error:
             sys.exit(f"error: {error}")
         except RuntimeError as error:
+            if dist.is_initialized() and re.search("gloo|NCCL", str(error)):
+                sys.exit(f"error: this process cannot go on without the others: {str(error).splitlines()[0]}")
             if "DataLoader worker" not in str(error):
                 raise
             sys.exit(f"error: a process that reads pictures died, try --num-workers 0: {' '.join(str(error).split())}")
@@ -309,8 +313,9 @@ class Process:
             precision = torch.bfloat16 if hardware else torch.float16
         if not dist.is_torchelastic_launched():
             return cls(device, precision, rank=0, count=1)
-        # Hours, as the others wait while the first fetches data or validates; a death torchrun notices at once.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
+        # Hours, as the others wait while the first fetches data or validates; of a death torchrun tells the others.
+        backend, own = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, timeout=timedelta(hours=6), device_id=own)
         if dist.get_rank() > 0:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
             for stop in (signal.SIGTERM, signal.SIGINT):
@@ -359,7 +364,7 @@ class Process:
     def leave(self) -> None:
         """Ends the group, when all are done."""
         self.wait()
-        if self.count > 1:
+        if dist.is_initialized():
             dist.destroy_process_group()
 
 
@@ -381,6 +386,8 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             os.fsync(file.fileno())
         beside.replace(path)
     except (OSError, RuntimeError) as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # torch wraps that too
+            raise error.__context__ from None
         reason = getattr(error.__context__ or error, "strerror", None) or error  # torch wraps that of a full disk
         raise UserError(f"{path}: could not be written, what was there stands: {reason}") from None
     finally:

@@ -376,12 +376,8 @@ def collate(items: list[tuple[np.ndarray, str]], tokenizer: Tokenizer, chunk_siz
 
 
 def loader(dataset: Dataset, workers: int, device: torch.device, collate_fn: Callable, **options: Any) -> DataLoader:
-    """A `DataLoader` that leaves torch's own generator alone, which dropout draws from.
-
-    On the CPU -1 worker is none: a process that is forked off one of gigabytes has each of its pages copied once.
-    """
-    if workers < 0:
-        workers = 0 if device.type == "cpu" else 4
+    """A `DataLoader` that leaves torch's own generator alone, which dropout draws from; -1 worker is four."""
+    workers = 4 if workers < 0 else workers
     warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores do no harm here
     options |= {"pin_memory": device.type == "cuda", "persistent_workers": workers > 0, "generator": torch.Generator()}
     return DataLoader(dataset, num_workers=workers, collate_fn=collate_fn, **options)

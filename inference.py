@@ -57,14 +57,16 @@ def embed_pictures(
     encode_image: Callable[[Tensor], Tensor], paths: list[Path], config: Config, device: torch.device
 ) -> tuple[Tensor, dict[int, UserError]]:
     """Unit vectors (R, D) of the R readable ones of `paths`, in order, and what is wrong with each of the others."""
-    batches = loader(_Readable(paths, config.image_size), config.num_workers, device, collate_fn=list, batch_size=64)
-    embeddings, broken, done = [], {}, 0
+    # On the CPU the encoder needs every core, and forking off it now would have each of its gigabytes' pages copied.
+    workers = 0 if device.type == "cpu" and config.num_workers < 0 else config.num_workers
+    batches = loader(_Readable(paths, config.image_size), workers, device, collate_fn=list, batch_size=64)
+    embeddings, rows, broken = torch.empty(len(paths), config.projection_dim), 0, {}
     for items in progress(batches, "embedding pictures", leave=False):
-        broken |= {done + i: item for i, item in enumerate(items) if isinstance(item, UserError)}
-        done += len(items)
+        broken |= {rows + len(broken) + i: item for i, item in enumerate(items) if isinstance(item, UserError)}
         if readable := [item for item in items if isinstance(item, np.ndarray)]:
-            embeddings.append(encode_image(stack(readable).to(device)).cpu())
-    return torch.cat(embeddings) if embeddings else torch.empty(0, 0), broken
+            embeddings[rows : rows + len(readable)] = encode_image(stack(readable).to(device)).cpu()
+            rows += len(readable)
+    return embeddings[:rows], broken
 
 
 @torch.inference_mode()
@@ -84,7 +86,7 @@ def embed_texts(
 
 
 def cosines(left: Tensor, right: Tensor) -> Tensor:
-    """Of unit vectors on the CPU, (L, D) @ (D, R), by NumPy: its BLAS took a third of the time of torch's (README)."""
+    """Of unit vectors on the CPU, (L, D) @ (D, R), by NumPy, whose BLAS is faster than torch's (README, Speed)."""
     return torch.from_numpy(left.numpy() @ right.numpy().T)
 
 
@@ -128,18 +130,18 @@ def retrieval_metrics(
 
     `image_embeddings` (N, D), `text_embeddings` (M, D), `picture_of_text` (M,): which of the N each text belongs to.
     """
-    text_to_image, image_to_text = [], []
+    text_to_image, image_to_text = torch.empty(len(text_embeddings)), torch.empty(len(image_embeddings))  # ranks
     for start in range(0, len(text_embeddings), block):
         scores = cosines(text_embeddings[start : start + block], image_embeddings)  # (b, N)
         right = scores.gather(1, picture_of_text[start : start + block, None])  # (b, 1)
-        text_to_image.append((~(scores < right)).sum(dim=1))  # itself and all not worse; not-a-number is not worse
+        text_to_image[start : start + block] = (~(scores < right)).sum(dim=1)  # itself, and what is not worse
     for start in range(0, len(image_embeddings), block):
         scores = cosines(image_embeddings[start : start + block], text_embeddings)  # (b, M)
         own = picture_of_text == torch.arange(start, start + len(scores))[:, None]  # (b, M)
         best = scores.masked_fill(~own, -math.inf).amax(dim=1, keepdim=True)  # (b, 1)
-        image_to_text.append(1 + (~(scores < best) & ~own).sum(dim=1))
+        image_to_text[start : start + block] = 1 + (~(scores < best) & ~own).sum(dim=1)
     metrics = []
-    for ranks in (torch.cat(text_to_image), torch.cat(image_to_text)):
+    for ranks in (text_to_image, image_to_text):
         metrics += [recall_at_k(ranks, k) for k in RECALLS_AT] + [float(np.median(ranks))]
     return dict(zip(METRICS, metrics))
 
@@ -183,7 +185,7 @@ class Match:
 class Searcher:
     """Trained weights, ready to be asked: `Searcher("best.pt").search(["a dog"], images="my/folder", n=8)`."""
 
-    def __init__(self, weights: str | Path, device: str = "auto", num_workers: int = 4) -> None:
+    def __init__(self, weights: str | Path, device: str = "auto", num_workers: int = -1) -> None:
         """Raises `UserError` where `weights` is not a file of ours."""
         self.weights_path = Path(weights)
         self.weights = read_weights(weights)
@@ -229,8 +231,8 @@ class Searcher:
         paths = self._list(images)
         states = [_state(path) for path in paths]
         name = os.path.abspath(images or self.config.data_dir) + ("" if images else " test split")
-        width = self.config.projection_dim
-        index = _Index(self.weights_path.with_suffix(".index"), name, self.weights["fingerprint"], width)
+        folder, width = self.weights_path.with_suffix(".index"), self.config.projection_dim
+        index = _Index(folder, name, self.weights["fingerprint"], width)
         known, embeddings = index.read()
         if states == known:
             return paths, torch.from_numpy(embeddings)
@@ -241,7 +243,7 @@ class Searcher:
                 print(f"skipped {len(broken)} of {len(paths)} pictures:", *broken.values(), sep="\n  ")
             readable = [i for position, i in enumerate(new) if position not in broken]
             rows |= {states[i]: len(known) + row for row, i in enumerate(readable)}
-            embeddings = np.concatenate([embeddings, fresh.numpy().reshape(-1, width)])
+            embeddings = np.concatenate([embeddings, fresh.numpy()])
         if not (kept := [i for i, state in enumerate(states) if state in rows]):
             raise UserError(f"{images}: holds no picture that can be read")
         embeddings = embeddings[[rows[states[i]] for i in kept]]

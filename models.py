@@ -118,10 +118,10 @@ class CLIP(nn.Module):
         With `chunk_size` the activations of so many pictures, or of one group of texts, are in memory at a time: they
         are computed a second time in the backward pass, which needs them (the effect of arXiv 2101.06983).
         """
-        encode = encode_twice if chunk_size else nn.Module.__call__
+        encode = encode_twice if chunk_size else lambda tower, *inputs: tower(*inputs)
         # Texts first: transformers waits for the device to see whether a group has padding at all.
         text_embeddings = torch.cat([encode(self.text, *group) for group in texts])
-        chunks = pixels.split(chunk_size or len(pixels))
+        chunks = pixels.tensor_split(math.ceil(len(pixels) / (chunk_size or len(pixels))))  # of even sizes
         image_embeddings = torch.cat([encode(self.image, chunk) for chunk in chunks])
         return image_embeddings, text_embeddings, self.logit_scale.exp()
 
@@ -138,7 +138,7 @@ def encode_twice(tower: Tower, *inputs: Tensor) -> Tensor:
 @contextmanager
 def keep_statistics(tower: Tower) -> Iterator[None]:
     """Batch norm in training mode does not count the same batch in its running statistics a second time."""
-    norms = [module for module in tower.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    norms = [module for module in tower.modules() if isinstance(module, _BatchNorm) and module.training]
     before = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     try:
         for norm in norms:

@@ -44,7 +44,7 @@ from models import (
     text_encoder_from_scratch,
 )
 
-MAY_CHANGE_ON_RESUME = {"data_dir", "download_url", "device", "num_workers", "resume"}
+MAY_CHANGE_ON_RESUME = {"chunk_size", "data_dir", "download_url", "device", "num_workers", "resume"}
 STEPS_BETWEEN_FIGURES = 10
 RECALLS = [name for name in METRICS if not name.endswith("medr")]
 
@@ -52,15 +52,14 @@ RECALLS = [name for name in METRICS if not name.endswith("medr")]
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
     config = parse(Config, argv)
-    checkpoint = None
-    if config.resume:
-        checkpoint = read_weights(config.resume)
+    checkpoint = read_weights(config.resume) if config.resume else None
+    if checkpoint:
         config = resumed_config(argv, checkpoint, config.resume)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         train(config, checkpoint)
     except torch.OutOfMemoryError as error:
-        raise UserError(f"out of memory, try a smaller --batch-size: {str(error).splitlines()[0]}") from None
+        raise UserError(f"out of memory, try --chunk-size 32: {str(error).splitlines()[0]}") from None
     except KeyboardInterrupt:
         last = Path("runs", config.name, "last.pt")
         sys.exit(f"stopped; to go on: python trainer.py --resume {last}" if last.exists() else "stopped")
@@ -136,11 +135,12 @@ def train_epoch(run: Run, epoch: int) -> float:
 
 def train_step(run: Run, pixels: Tensor, texts: TokenGroups) -> Tensor:
     """One step of the weights on this process's rows of a batch; returns their loss, which nobody has waited for."""
-    process = run.process
+    process, chunk_size = run.process, run.config.chunk_size
     pixels = pixels.to(process.device, non_blocking=True)
     texts = [tuple(tensor.to(process.device, non_blocking=True) for tensor in group) for group in texts]
-    with torch.autocast(process.device.type, process.precision, enabled=process.precision is not torch.float32):
-        image_embeddings, text_embeddings, logit_scale = run.replica(pixels, texts, run.config.chunk_size)
+    lower = process.precision is not torch.float32  # in whose cache of weights no chunks' gradients may be summed
+    with torch.autocast(process.device.type, process.precision, enabled=lower, cache_enabled=not chunk_size):
+        image_embeddings, text_embeddings, logit_scale = run.replica(pixels, texts, chunk_size)
     everyones = process.gather(image_embeddings), process.gather(text_embeddings)  # (B, D), the negatives of all
     loss = contrastive_loss(*everyones, logit_scale, process.rows(run.config.batch_size))
     run.scaler.scale(loss).backward()
@@ -389,7 +389,7 @@ def announce(run: Run) -> None:
 def finish(run: Run) -> None:
     """Scores the best weights on the test split, once, and says what to do next."""
     best = read_weights(run.folder / "best.pt")
-    metrics = validate(load_clip(best).to(run.process.device), run, "test")
+    metrics = validate(load_clip(best).to(run.process.device, memory_format=torch.channels_last), run, "test")
     write_whole(run.folder / "test.json", lambda file: file.write(json.dumps(metrics, indent=2).encode()))
     print(f"test, with the weights of epoch {best_epoch(run.history)}: {describe(metrics)}")
     print(f"saved in {run.folder}: best.pt, last.pt, metrics.csv, curves.png, test.json")

@@ -31,13 +31,13 @@ from data import (
     Split,
     draw_shapes,
     fetch_flickr8k,
-    prepare_data_dir,
     read_picture,
     read_splits,
     tokenize,
     training_loader,
 )
 from models import word_pieces_of
+from trainer import prepare_data_dir
 
 CAPTION = "A dog runs ."
 LISTED = {"train": ["a.jpg"], "dev": ["b.jpg"], "test": ["c.jpg"]}
@@ -546,7 +546,7 @@ def test_a_given_folder_that_is_absent_is_an_error_and_fetches_nothing(
 
 def test_the_demos_folder_is_drawn_where_it_is_absent(workplace: Path, monkeypatch: pytest.MonkeyPatch):
     drawn = []
-    monkeypatch.setattr("data.draw_shapes", drawn.append)
+    monkeypatch.setattr("trainer.draw_shapes", drawn.append)
     prepare_data_dir(parse(Config, ["--demo"]))
     assert drawn == [Path("data/shapes")]
     Path("data/shapes").mkdir(parents=True)
@@ -677,9 +677,10 @@ def draws(split: Split, epochs: tuple[int, ...] = (0,), **changed) -> list[list[
     for epoch in epochs:
         loader.batch_sampler.epoch = epoch
         drawn.append([])
-        for pixels, ids, mask in loader:
-            captions = [texts[tuple(row[kept.bool()].tolist())] for row, kept in zip(ids, mask)]
-            drawn[-1] += zip(captions, pixels.clone())
+        for pixels, groups in loader:
+            rows = [(row, kept) for ids, mask in groups for row, kept in zip(ids, mask, strict=True)]
+            captions = [texts[tuple(row[kept.bool()].tolist())] for row, kept in rows]
+            drawn[-1] += zip(captions, pixels.clone(), strict=True)
     return drawn
 
 
@@ -814,19 +815,61 @@ def test_batches_are_bytes_in_channels_last_memory(noisy: Split, workers: int):
     config = Config(image_size=32, batch_size=4, num_workers=workers)
     batches = list(training_loader(noisy, tokenizer_of(noisy), config, torch.device("cpu")))
     assert len(batches) == 3
-    for pixels, ids, mask in batches:
+    for pixels, groups in batches:
         assert pixels.shape == (4, 3, 32, 32) and pixels.dtype == torch.uint8
         assert pixels.is_contiguous(memory_format=torch.channels_last)
-        assert ids.shape == mask.shape and ids.dtype == mask.dtype == torch.int64
+        for ids, mask in groups:
+            assert ids.shape == mask.shape and ids.dtype == mask.dtype == torch.int64
 
 
-def test_captions_are_padded_to_the_longest_of_their_batch_and_no_further(noisy: Split):
-    config = Config(image_size=32, batch_size=2, num_workers=0)
+@pytest.mark.parametrize(
+    ("batch_size", "chunk_size", "sizes"),
+    [
+        (2, 0, [1, 1]),
+        (4, 0, [1, 1, 1, 1]),
+        (6, 0, [2, 2, 2]),
+        (7, 0, [2, 2, 2, 1]),
+        (14, 0, [4, 4, 4, 2]),
+        (14, 14, [4, 4, 4, 2]),
+        (14, 3, [3, 3, 3, 3, 2]),
+        (14, 2, [2] * 7),
+    ],
+)
+def test_captions_come_in_four_groups_of_a_chunk_at_most_each_padded_to_its_own_longest_and_no_further(
+    noisy: Split, batch_size: int, chunk_size: int, sizes: list[int]
+):
+    config = Config(image_size=32, batch_size=batch_size, chunk_size=chunk_size, num_workers=0)
     lengths = set()
-    for _, ids, mask in training_loader(noisy, tokenizer_of(noisy), config, torch.device("cpu")):
-        assert mask.sum(dim=1).max() == ids.shape[1]
-        lengths.add(ids.shape[1])
+    for _, groups in training_loader(noisy, tokenizer_of(noisy), config, torch.device("cpu")):
+        assert [len(ids) for ids, _ in groups] == sizes
+        for ids, mask in groups:
+            assert mask.sum(dim=1).max() == ids.shape[1]
+            lengths.add(ids.shape[1])
     assert len(lengths) > 3
+
+
+def test_the_pairs_of_a_batch_come_by_the_length_of_their_captions(noisy: Split):
+    for batch_size in (4, 14):
+        (epoch,) = draws(noisy, batch_size=batch_size)
+        for start in range(0, len(epoch), batch_size):
+            lengths = [len(caption) for caption in captions_of(epoch)[start : start + batch_size]]
+            assert lengths == sorted(lengths)
+
+
+@pytest.mark.parametrize("chunk_size", [2, 3, 14])
+def test_captions_and_pixels_are_the_same_with_chunks_of_any_size(noisy: Split, three_epochs: list, chunk_size: int):
+    (drawn,) = draws(noisy, (1,), chunk_size=chunk_size)
+    assert same(drawn, three_epochs[1])
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "workers"), [(-1, "cpu", 4), (-1, "cuda", 4), (0, "cuda", 0), (2, "cpu", 2)]
+)
+def test_training_reads_with_four_processes_unless_told_otherwise(noisy: Split, asked: int, device: str, workers: int):
+    config = Config(image_size=32, batch_size=4, num_workers=asked)
+    loader = training_loader(noisy, tokenizer_of(noisy), config, torch.device(device))
+    assert (loader.num_workers, loader.persistent_workers) == (workers, workers > 0)
+    assert loader.pin_memory == (device == "cuda")
 
 
 def test_captions_longer_than_allowed_are_cut(noisy: Split):

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -132,6 +133,39 @@ def test_the_top_matches_are_the_head_of_a_full_sort(n: int) -> None:
     everything = queries @ images.T
     assert positions.tolist() == np.argsort(-everything, axis=1)[:, :n].tolist()
     np.testing.assert_allclose(scores.numpy(), -np.sort(-everything, axis=1)[:, :n], rtol=1e-5)
+
+
+@pytest.mark.parametrize("n", [1, 8, 70, 2000])
+@pytest.mark.parametrize("pictures", [63, 1000, 1111])
+@pytest.mark.parametrize("at_once", [1, 600, 2**24])
+def test_the_top_matches_are_exact_in_blocks_of_any_size(
+    n: int, pictures: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inference, "SCORES_AT_ONCE", at_once)
+    images = torch.randn(pictures, 16, generator=torch.Generator().manual_seed(n))
+    scores, positions = top_matches(images[:3], images, n)
+    expected, order = (images[:3] @ images.T).sort(descending=True)
+    assert positions.tolist() == order[:, :n].tolist()
+    torch.testing.assert_close(scores, expected[:, :n])
+
+
+def test_what_is_not_a_number_comes_first_in_a_large_index_so_that_it_is_noticed() -> None:
+    images = torch.randn(1000, 16)
+    images[777] = math.nan
+    scores, _ = top_matches(images[:2], images, 3)
+    assert not scores.isfinite().all()
+
+
+def test_the_memory_of_a_ranking_does_not_grow_with_the_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "SCORES_AT_ONCE", 2**16)
+    peaks = []
+    for pictures in (20_000, 400_000):
+        images = torch.zeros(1, 8).expand(pictures, 8).contiguous()
+        tracemalloc.start()
+        top_matches(images[:4], images, 8)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.2 * peaks[0]
 
 
 # ---------------------------------------------------------------- the index
@@ -370,6 +404,21 @@ def test_pictures_that_cannot_be_read_are_skipped_counted_and_named(
         assert "skipped 3 of 13 pictures" in said
         assert all(name in said for name in ("broken.jpg", "gone.png", "cut.png"))
         assert len(found[0]) == 10
+
+
+@pytest.mark.parametrize(("asked", "workers"), [("-1", 0), ("0", 0), ("1", 1)])
+def test_no_process_is_forked_to_embed_on_the_cpu_unless_told_so(
+    weights: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, asked: str, workers: int
+) -> None:
+    seen, honest = [], inference.loader
+
+    def loader(dataset: object, number: int, *rest: object, **options: object) -> object:
+        seen.append(number)
+        return honest(dataset, 0, *rest, **options)
+
+    monkeypatch.setattr(inference, "loader", loader)
+    Searcher(weights, device="cpu", num_workers=int(asked)).search(["a red circle"], str(pictures))
+    assert seen == [workers]
 
 
 @pytest.mark.parametrize("content", [{}, {"notes.txt": "no picture"}, {"broken.jpg": "no picture"}])

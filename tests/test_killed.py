@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, TIMES, TINY
 from torch import Tensor
 
 from trainer import main
@@ -24,7 +24,6 @@ from trainer import main
 KILLS = int(os.environ.get("CLIP_KILLS", "4"))
 EPOCHS = 4
 FLAGS = [*TINY, "--epochs", str(EPOCHS), "--dropout", "0.3", "--augment"]
-TIMES = ["seconds", "pairs_per_second"]  # the columns in which equal runs may differ
 WRITTEN = ["best.pt", "last.pt", "metrics.csv", "curves.png", "test.json"]  # after an epoch, in this order
 PATIENCE = 300  # seconds
 

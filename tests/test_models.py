@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import script
+from conftest import CAPTIONS, CONFIG, build, pictures, script
 from PIL import Image
 from timm.models import save_for_hf
 from tokenizers import Tokenizer
@@ -29,52 +29,22 @@ from transformers import (
 )
 from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 
-from config import Config, UserError
+from config import Config, UserError, write_whole
 from data import Transform, read_picture, stack, tokenize
 from models import (
     CLIP,
     FORMAT,
     ImageEncoder,
     TextEncoder,
-    Tower,
     build_image_encoder,
     contrastive_loss,
-    freeze_unused_parameters,
     load_clip,
     load_text_encoder,
     pack_weights,
     read_weights,
     text_encoder_from_scratch,
     word_pieces_of,
-    write_whole,
 )
-
-CAPTIONS = ["a red circle", "a small green square, and a blue triangle below it", "two diamonds", "Ein großer Kreis"]
-CONFIG = Config(
-    image_encoder="test_resnet",
-    image_size=64,
-    text_encoder="distilbert",
-    pretrained=False,
-    text_layers=1,
-    text_width=64,
-    projection_dim=16,
-)
-
-
-def build(config: Config) -> tuple:
-    """An untrained model whose batch-norm statistics are no longer those of a fresh one, and its tokeniser."""
-    torch.manual_seed(0)
-    load = load_text_encoder(config) if config.pretrained else text_encoder_from_scratch(config, CAPTIONS)
-    image, (text, tokenizer) = build_image_encoder(config), load
-    model = CLIP(Tower(image, config), Tower(text, config), config.temperature)
-    if not config.pretrained:
-        model.encode_image(pictures(config))
-    return model.eval(), tokenizer
-
-
-def pictures(config: Config, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (4, 3, config.image_size, config.image_size), generator=generator, dtype=torch.uint8)
 
 
 @torch.no_grad()
@@ -233,17 +203,6 @@ def test_the_width_of_an_encoder_is_read_from_what_it_returns() -> None:
 def test_measuring_the_width_leaves_batch_norm_as_it_was() -> None:
     fresh = {key: value for key, value in ImageEncoder("test_resnet", 64).state_dict().items() if "running" in key}
     assert all(torch.equal(value, torch.full_like(value, float("var" in key))) for key, value in fresh.items())
-
-
-def test_what_gets_no_gradient_is_frozen_and_nothing_else(tiny: tuple) -> None:
-    config = replace(CONFIG, text_encoder="bert")
-    model, tokenizer = build(config)
-    freeze_unused_parameters(model.text, *tokenize(tokenizer, CAPTIONS))
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    assert frozen == {"text.encoder.model.pooler.dense.weight", "text.encoder.model.pooler.dense.bias"}
-    freeze_unused_parameters(tiny[0].text, *tokenize(tiny[1], CAPTIONS))
-    freeze_unused_parameters(tiny[0].image, pictures(CONFIG))
-    assert all(parameter.requires_grad for parameter in tiny[0].parameters())
 
 
 def test_pretrained_folders_load_with_the_very_weights_that_they_hold(backbones: dict[str, Path]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import timm
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, script
 from timm.models._hub import save_for_hf
 from transformers import DistilBertConfig, DistilBertModel, PreTrainedTokenizerFast
 
@@ -69,6 +69,16 @@ def test_each_training_command_trains(command: str, place: Path, monkeypatch: py
     assert (place / "runs" / name / "test.json").exists()
 
 
+@pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("torchrun ")])
+def test_each_command_for_several_processes_trains(command: str, place: Path) -> None:
+    arguments = shlex.split(command.partition(" trainer.py")[2])
+    name = arguments[arguments.index("--name") + 1] if "--name" in arguments else "clip"
+    shutil.rmtree(place / "runs" / name, ignore_errors=True)
+    done = script("trainer.py", *arguments, *SMALL, *SMALL_ENCODERS, cwd=place, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert (place / "runs" / name / "test.json").exists()
+
+
 @pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("python inference.py")])
 def test_each_search_command_answers(
     command: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
@@ -84,12 +94,18 @@ def test_each_search_command_answers(
 
 
 def test_the_other_commands_install_what_is_here() -> None:
-    others = [line for line in COMMANDS if not re.match(r"python (trainer|inference)\.py", line)]
+    others = [line for line in COMMANDS if not re.match(r"(python|torchrun .*) (trainer|inference)\.py", line)]
     assert others[:2] == ["pip install -r requirements.txt", "pip install -r tests/requirements.txt"]
     for command in others[2:]:
-        assert "python -m pytest tests" in command or "tests/requirements" in command
-    for path in re.findall(r"[\w/]+\.txt", " ".join(others)):
+        assert "python -m pytest tests" in command or "tests/requirements" in command or "tests/benchmark.py" in command
+    for path in re.findall(r"[\w/-]+\.txt", " ".join(others)):
         assert (ROOT / path).is_file()
+
+
+def test_the_benchmark_knows_the_flags_of_its_command() -> None:
+    (command,) = [line for line in COMMANDS if line.startswith("python tests/benchmark.py")]
+    done = script("tests/benchmark.py", *shlex.split(command)[2:], "--help", cwd=ROOT)
+    assert done.returncode == 0 and "second_query" in done.stdout
 
 
 def test_the_program_of_ones_own_runs(

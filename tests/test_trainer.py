@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import timm
 import torch
-from conftest import ROOT, TINY, script
+from conftest import FILES, ROOT, STEPS, TINY, assert_same_tensors, at_step, curve, names_in, script, tensors
 from PIL import Image
 from torch import Tensor
 from transformers import DistilBertConfig, DistilBertModel, PreTrainedTokenizerFast
@@ -25,11 +25,8 @@ from models import load_clip, read_weights, word_pieces_of
 from trainer import RECALLS, best_epoch, main, parameter_groups, warmup_then_cosine
 
 SMALL = ["--image-size", "32", "--batch-size", "8", "--epochs", "1", "--num-workers", "0", "--device", "cpu"]
-FILES = ["best.pt", "curves.png", "last.pt", "metrics.csv", "test.json"]
 METRICS = ["t2i_r1", "t2i_r5", "t2i_r10", "t2i_medr", "i2t_r1", "i2t_r5", "i2t_r10", "i2t_medr"]
 COLUMNS = ["epoch", "seconds", "pairs_per_second", "lr", "train_loss", *METRICS]
-TIMES = ["seconds", "pairs_per_second"]  # the columns in which equal runs may differ
-STEPS = 6  # an epoch of 48 pictures in batches of 8
 
 
 def last_words(*arguments: object) -> str:
@@ -39,40 +36,6 @@ def last_words(*arguments: object) -> str:
     assert isinstance(stop.value.code, str)
     assert "\n" not in stop.value.code
     return stop.value.code
-
-
-def tensors(weights: Path) -> dict[str, Tensor]:
-    return torch.load(weights, weights_only=True)["model"]
-
-
-def assert_same_tensors(one: Path, other: Path) -> None:
-    ours, theirs = tensors(one), tensors(other)
-    assert ours.keys() == theirs.keys()
-    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
-
-
-def curve(folder: Path) -> pd.DataFrame:
-    """`metrics.csv` to the last digit, without its two columns of times."""
-    return pd.read_csv(folder / "metrics.csv", dtype=str).drop(columns=TIMES)
-
-
-def names_in(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def at_step(step: int, what: object):
-    """A loss that, at one step counted from 1, is multiplied by `what` or raises it."""
-    steps = iter(range(1, 1_000_000))
-
-    def loss(*embeddings_and_scale: Tensor, honest=trainer.contrastive_loss) -> Tensor:
-        value = honest(*embeddings_and_scale)
-        if next(steps) != step:
-            return value
-        if isinstance(what, BaseException):
-            raise what
-        return value * what
-
-    return loss
 
 
 # ---------------------------------------------------------------- the commands of the README
@@ -216,10 +179,10 @@ import os, signal, sys
 sys.path.insert(0, {root!r})
 import trainer
 honest, steps = trainer.contrastive_loss, iter(range(1, 100))
-def loss(*embeddings_and_scale):
+def loss(*batch):
     if next(steps) == {step}:
         os.kill(os.getpid(), signal.SIGTERM)
-    return honest(*embeddings_and_scale)
+    return honest(*batch)
 trainer.contrastive_loss = loss
 trainer.main()
 """
