@@ -82,7 +82,7 @@ class Config:
     )
     chunk_size: int = HfArg(
         default=0,
-        help="pairs of a process whose activations are in memory at a time, for larger batches: a third slower; 0: all",
+        help="pairs of a process whose activations are in memory at a time, for larger batches; a third slower; 0: all",
     )
     image_lr: float = HfArg(default=1e-4, help="peak learning rate of the image encoder: pretrained, so slow")
     text_lr: float = HfArg(default=5e-5, help="peak learning rate of the text encoder: pretrained, so slow")
