@@ -115,8 +115,8 @@ class CLIP(nn.Module):
     def forward(self, pixels: Tensor, texts: TokenGroups, chunk_size: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """Both embeddings (B, D) and the scale of the logits, 1 / temperature.
 
-        With `chunk_size` the activations of so many pictures, or of one group of texts, are in memory at a time: they
-        are computed a second time in the backward pass, which needs them (the effect of arXiv 2101.06983).
+        With `chunk_size` the activations of at most so many pictures, or of a group of texts, are in memory at a time:
+        they are computed a second time in the backward pass, which needs them (the effect of arXiv 2101.06983).
         """
         encode = encode_twice if chunk_size else lambda tower, *inputs: tower(*inputs)
         # Texts first: transformers waits for the device to see whether a group has padding at all.
