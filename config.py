@@ -226,7 +226,7 @@ def parse(
 
 
 def asked(config: SearchConfig) -> list[str]:
-    """Those of the command line, or with "-" those on standard input, a line each."""
+    """The queries of the command line, or with "-" those on standard input, a line each."""
     if config.query != ["-"]:
         return config.query
     try:
@@ -317,7 +317,7 @@ class Process:
         backend, own = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         dist.init_process_group(backend, timeout=timedelta(hours=6), device_id=own)
         if dist.get_rank() > 0:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (the first speaks for all)
             for stop in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(stop, signal.SIG_DFL)
         return cls(device, precision, dist.get_rank(), dist.get_world_size())
