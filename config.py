@@ -66,10 +66,11 @@ class Config:
         help="any transformers text encoder, by name or folder; DistilBERT is BERT at half the cost",
     )
     pretrained: bool = HfArg(default=True, help="start from pretrained encoders: few pairs cannot teach what they know")
-    freeze_image_encoder: bool = HfArg(
-        default=False, help="train its head alone; batch norm and dropout stay still too"
+    freeze_image_encoder: float = HfArg(
+        default=0.5,
+        help="share of a pretrained image encoder, from the pixels on, that stays as it is; 1: all but a head",
     )
-    freeze_text_encoder: bool = HfArg(default=False, help="train its head alone; dropout stays still too")
+    freeze_text_encoder: float = HfArg(default=0.5, help="the same of a pretrained text encoder, from the tokens on")
     text_layers: int = HfArg(default=0, help="layers of a text encoder from scratch; 0: as its architecture has")
     text_width: int = HfArg(default=0, help="width of a text encoder from scratch; 0: as its architecture has")
     projection_dim: int = HfArg(default=256, help="width of the space that pictures and texts share")
@@ -107,6 +108,8 @@ class Config:
             num_workers=(-1, 256),
             text_layers=(0, 100),
             text_width=(0, 8192),
+            freeze_image_encoder=(0.0, 1.0),
+            freeze_text_encoder=(0.0, 1.0),
             projection_dim=(1, 65536),
             dropout=(0.0, 0.9),
             temperature=(0.01, 100.0),  # 0.01 is where the paper clamps

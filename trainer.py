@@ -157,8 +157,8 @@ def train_step(run: Run, pixels: Tensor, texts: TokenGroups) -> Tensor:
 def training_mode(model: CLIP, config: Config) -> None:
     """Pretrained batch-norm statistics stay: those of a batch cost 14 of 34 points of recall (README)."""
     model.train()
-    model.image.encoder.train(not config.freeze_image_encoder)
-    model.text.encoder.train(not config.freeze_text_encoder)
+    for tower in (model.image, model.text):
+        tower.encoder.train(any(tensor.requires_grad for tensor in tower.encoder.parameters()))
     for module in model.image.modules():
         if config.pretrained and isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             module.eval()
@@ -201,11 +201,10 @@ def prepare(config: Config, checkpoint: dict[str, Any] | None) -> Run:
 
 def check_folder(folder: Path, config: Config, checkpoint: dict[str, Any] | None) -> None:
     """Refuses to overwrite a run, and to resume one of which a part is missing."""
-    last, best = folder / "last.pt", folder / "best.pt"
-    if not checkpoint and last.exists() and not (config.demo and config.name == DEMO["name"]):
-        raise UserError(f"{last} exists: go on with --resume {last}, or choose another --name")
-    if checkpoint and checkpoint["history"] and not best.exists():
-        raise UserError(f"{best}: missing; a run is resumed with its whole folder")
+    if not checkpoint and (folder / "last.pt").exists() and not (config.demo and config.name == DEMO["name"]):
+        raise UserError(f"{folder}/last.pt exists: go on with --resume {folder}/last.pt, or choose another --name")
+    if checkpoint and checkpoint["history"] and not (folder / "best.pt").exists():
+        raise UserError(f"{folder}/best.pt: missing; a run is resumed with its whole folder")
 
 
 def prepare_model_and_data(
@@ -225,8 +224,10 @@ def prepare_model_and_data(
         encoders = encoders or (*text_encoder_from_scratch(config, splits["train"].texts), build_image_encoder(config))
         text, tokenizer, image = encoders
         model = CLIP(Tower(image, config), Tower(text, config), config.temperature)
-    model.image.encoder.requires_grad_(not config.freeze_image_encoder)
-    model.text.encoder.requires_grad_(not config.freeze_text_encoder)
+    for tower, share in ((model.image, config.freeze_image_encoder), (model.text, config.freeze_text_encoder)):
+        tensors = list(tower.encoder.parameters())  # from the input to the output
+        for tensor in tensors[: round(share * len(tensors)) if config.pretrained else 0]:
+            tensor.requires_grad_(False)
     return model, tokenizer, splits
 
 
@@ -375,12 +376,11 @@ def draw_curves(table: pd.DataFrame, chance: float, best: int) -> Figure:
 
 def announce(run: Run) -> None:
     """The settings, the device and the sizes, once."""
-    config, model = run.config, run.model
+    config, model, process = run.config, run.model, run.process
     print("config:", ", ".join(f"{name}={value!r}" for name, value in asdict(config).items()))
     millions = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.image, model.text)]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
     print(f"model: {millions[0]:.1f} M image + {millions[1]:.1f} M text parameters, {trained:.1f} M of them trained")
-    process = run.process
     kind = f"{str(process.precision).removeprefix('torch.')}, {process.count} process{'es' * (process.count > 1)}"
     print(f"device: {process.device}, {kind}; {len(run.loader)} steps an epoch of {config.batch_size} pairs")
     print(f"loss at chance: ln({config.batch_size}) = {math.log(config.batch_size):.3f}")

@@ -117,19 +117,21 @@ def training(options: Namespace) -> Iterator[tuple[str, str, str]]:
 def small_data_set(data_dir: str, folder: Path, train: int) -> None:
     """`train` pictures of Flickr8k and eight each for dev and test, in Kaggle's layout; and open_clip's table."""
     from data import read_splits
+    from rivals import write_pairs
 
     with redirect_stdout(sys.stderr):
         split = read_splits(data_dir)["train"]
     folder.mkdir()
     (folder / "Images").symlink_to(split.paths[0].parent)
     names = [path.name for path in split.paths]
-    with (folder / "captions.txt").open("w", newline="") as table, (folder / "pairs.csv").open("w") as pairs:
-        writer, open_clip_writer = csv.writer(table), csv.writer(pairs)
+    with (folder / "captions.txt").open("w", newline="") as table:
+        writer = csv.writer(table)
         writer.writerow(["image", "caption"])
-        open_clip_writer.writerow(["filepath", "title"])
-        for name, path, captions in zip(names[: train + 16], split.paths, split.captions):
+        for name, captions in zip(names[: train + 16], split.captions):
             writer.writerows([name, caption] for caption in captions)
-            open_clip_writer.writerow([path.absolute(), captions[0]])
+    write_pairs(
+        [(path, captions[0]) for path, captions in zip(split.paths[:train], split.captions)], folder / "pairs.csv"
+    )
     for kind, part in (("train", names[:train]), ("dev", names[train : train + 8]), ("test", names[train + 8 :][:8])):
         (folder / f"Flickr_8k.{kind}Images.txt").write_text("\n".join(part))
 
@@ -153,7 +155,8 @@ def training_config(options: Namespace, pair: str):
     encoders = {"image_encoder": f"local-dir:{options.image_encoder}", "text_encoder": options.text_encoder}
     if pair != "stand-ins":
         encoders = {"image_encoder": "resnet50", "text_encoder": "distilbert", "pretrained": False}
-    return Config(data_dir="data", image_size=size, batch_size=batch, epochs=4, **encoders)
+    whole = {"freeze_image_encoder": 0.0, "freeze_text_encoder": 0.0}  # as the others train them
+    return Config(data_dir="data", image_size=size, batch_size=batch, epochs=4, **encoders, **whole)
 
 
 def ours(options: Namespace, pair: str, steps: str) -> dict[str, float]:
@@ -190,85 +193,40 @@ def open_clip(options: Namespace, pair: str, steps: str) -> dict[str, float]:
 
     Its readers have decoded most of the few batches by then, which is to its advantage; so too in the tutorial's loop.
     """
-    import logging
-
-    import open_clip as library
-    from open_clip_train.main import main as train
+    from rivals import describe_to_open_clip, train_open_clip
 
     size, batch, _ = PAIRS[pair]
-    text = options.text_encoder if pair == "stand-ins" else str(Path("bert").absolute())
-    image = "tf_efficientnet_lite0" if pair == "stand-ins" else "resnet50"
-    vision = {"timm_model_name": image, "timm_pool": "", "timm_proj": "linear", "image_size": size}
-    names = {"hf_model_name": text, "hf_tokenizer_name": text, "hf_model_pretrained": False}
-    text_config = {**names, "hf_proj_type": "mlp", "hf_pooler_type": "mean_pooler"}
-    Path("measured.json").write_text(json.dumps({"embed_dim": 256, "vision_cfg": vision, "text_cfg": text_config}))
-    library.add_model_config("measured.json")
-    lines: list[str] = []
-
-    class Kept(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            lines.append(record.getMessage())
-
-    logging.getLogger().addHandler(Kept())
+    if pair == "stand-ins":
+        image, text = "tf_efficientnet_lite0", options.text_encoder
+    else:
+        image, text = "resnet50", str(Path("bert").absolute())
+    describe_to_open_clip(image, text, size)
     rows = Path("data/pairs.csv").read_text().splitlines()[: 1 + int(steps) * batch]
     Path("some_pairs.csv").write_text("\n".join(rows))
-    keys = ["--csv-img-key", "filepath", "--csv-caption-key", "title", "--csv-separator", ",", "--dataset-type", "csv"]
-    train(
-        ["--model", "measured", "--train-data", "some_pairs.csv", *keys, "--batch-size", str(batch), "--epochs", "1"]
-        + ["--precision", "fp32", "--log-every-n-steps", "1", "--workers", "4", "--logs", "none"]
-    )
-    return {"open_clip": statistics.median(float(speed) for speed in re.findall(r" ([\d.]+)/s,", "\n".join(lines))[2:])}
+    arguments = ["--batch-size", str(batch), "--workers", "4", "--logs", "none"]
+    return {"open_clip": statistics.median(train_open_clip(Path("some_pairs.csv"), *arguments)[2:])}
 
 
 def tutorial(options: Namespace, pair: str, steps: str) -> dict[str, float]:
-    """Pairs/s of the loop of moein-shariatnia/OpenAI-CLIP, written anew: its loader, its padding, its loss."""
-    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
-    import albumentations as A
-    import cv2
-    import torch
-    import torch.nn.functional as F
-    from transformers import AutoTokenizer
+    """Pairs/s of the loop of moein-shariatnia/OpenAI-CLIP: its loader, its padding, its loss."""
+    from torch.utils.data import Subset
+    from transformers import AutoModel
 
     from data import read_splits
     from models import CLIP, Tower, build_image_encoder, load_text_encoder, text_encoder_from_scratch
+    from rivals import Tutorial, TutorialRows
 
     config = training_config(options, pair)
     split = read_splits("data")["train"]
     text, _ = load_text_encoder(config) if config.pretrained else text_encoder_from_scratch(config, split.texts)
     if not config.pretrained:  # with the vocabulary of its tokeniser
-        from transformers import AutoModel
-
         text.model = AutoModel.from_pretrained("distilbert")
-    model = CLIP(Tower(build_image_encoder(config), config), Tower(text, config), 1.0).train()
+    model = CLIP(Tower(build_image_encoder(config), config), Tower(text, config), 1.0)
+    paths = [path for path, captions in zip(split.paths, split.captions) for _ in captions]
     folder = options.text_encoder if config.pretrained else "distilbert"
-    captions = split.texts
-    encoded = AutoTokenizer.from_pretrained(folder)(captions, padding=True, truncation=True, max_length=200)
-    image_model, head = model.image.encoder.model, model.image.head
-    pixel_work = A.Compose([A.Resize(config.image_size, config.image_size), A.Normalize(max_pixel_value=255.0)])
-
-    class Rows(torch.utils.data.Dataset):
-        def __len__(self) -> int:
-            return int(steps) * config.batch_size
-
-        def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-            picture = cv2.cvtColor(cv2.imread(str(split.paths[i // 5])), cv2.COLOR_BGR2RGB)
-            pixels = torch.tensor(pixel_work(image=picture)["image"]).permute(2, 0, 1).float()
-            item = {name: torch.tensor(encoded[name][i]) for name in ("input_ids", "attention_mask")}
-            return {**item, "image": pixels.contiguous()}
-
-    loader = torch.utils.data.DataLoader(Rows(), config.batch_size, shuffle=True, num_workers=4)
-    groups = [(image_model, 1e-4), (model.text.encoder, 1e-5), (head, 1e-3), (model.text.head, 1e-3)]
-    optimizer = torch.optim.AdamW([{"params": part.parameters(), "lr": lr} for part, lr in groups], weight_decay=1e-3)
+    rows = TutorialRows(paths, split.texts, folder, config.image_size)
     speeds, started = [], time.perf_counter()
-    for batch in loader:
-        images = head(image_model(batch["image"]))  # (B, D), not normalised
-        texts = model.text.head(model.text.encoder(batch["input_ids"], batch["attention_mask"]))
-        logits = texts @ images.T  # (B, D) @ (D, B)
-        targets = ((images @ images.T + texts @ texts.T) / 2).softmax(dim=-1)
-        losses = -(targets * F.log_softmax(logits, -1)).sum(1) - (targets.T * F.log_softmax(logits.T, -1)).sum(1)
-        optimizer.zero_grad()
-        (losses / 2).mean().backward()
-        optimizer.step()
+    for _ in Tutorial(model, Subset(rows, range(int(steps) * config.batch_size)), config.batch_size).epoch():
         speeds.append(config.batch_size / (time.perf_counter() - started))
         started = time.perf_counter()
     return {"tutorial": statistics.median(speeds[2:])}

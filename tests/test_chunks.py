@@ -11,6 +11,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import models
+import trainer
 from conftest import (
     CAPTIONS,
     CONFIG,
@@ -27,11 +32,6 @@ from conftest import (
     pictures,
     script,
 )
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-
-import models
-import trainer
 from data import collate
 from models import CLIP, TokenGroups, contrastive_loss
 

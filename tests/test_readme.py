@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 import timm
-from conftest import ROOT, TINY, script
 from timm.models._hub import save_for_hf
 from transformers import DistilBertConfig, DistilBertModel, PreTrainedTokenizerFast
 
 import inference
 import trainer
+from conftest import ROOT, TINY, script
 from models import word_pieces_of
 
 README = (ROOT / "README.md").read_text()
+PROGRAMS = ("benchmark", "comparison", "ablation")
 COMMANDS = [
     line
     for block in re.findall(r"^```bash\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
@@ -96,16 +97,21 @@ def test_each_search_command_answers(
 def test_the_other_commands_install_what_is_here() -> None:
     others = [line for line in COMMANDS if not re.match(r"(python|torchrun .*) (trainer|inference)\.py", line)]
     assert others[:2] == ["pip install -r requirements.txt", "pip install -r tests/requirements.txt"]
+    ours = ("python -m pytest tests", "tests/requirements", *(f"tests/{program}.py" for program in PROGRAMS))
     for command in others[2:]:
-        assert "python -m pytest tests" in command or "tests/requirements" in command or "tests/benchmark.py" in command
+        assert any(known in command for known in ours)
     for path in re.findall(r"[\w/-]+\.txt", " ".join(others)):
         assert (ROOT / path).is_file()
 
 
-def test_the_benchmark_knows_the_flags_of_its_command() -> None:
-    (command,) = [line for line in COMMANDS if line.startswith("python tests/benchmark.py")]
-    done = script("tests/benchmark.py", *shlex.split(command)[2:], "--help", cwd=ROOT)
-    assert done.returncode == 0 and "second_query" in done.stdout
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_program_of_measurement_knows_the_flags_of_its_commands(program: str) -> None:
+    commands = [line for line in COMMANDS if line.startswith(f"python tests/{program}.py")]
+    assert commands
+    for command in commands:
+        arguments = shlex.split(command.partition(" --settings")[0])[2:]
+        done = script(f"tests/{program}.py", *arguments, "--help", cwd=ROOT)
+        assert done.returncode == 0 and "--text-encoder" in done.stdout
 
 
 def test_the_program_of_ones_own_runs(

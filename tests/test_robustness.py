@@ -20,12 +20,12 @@ import pandas as pd
 import pytest
 import timm
 import torch
-from conftest import ROOT, TINY, script
 from PIL import Image
 
 import data
 import inference
 import trainer
+from conftest import ROOT, TINY, script
 from data import draw_shapes
 from inference import Searcher
 from inference import main as search

@@ -12,13 +12,13 @@ import pandas as pd
 import pytest
 import timm
 import torch
-from conftest import FILES, ROOT, STEPS, TINY, assert_same_tensors, at_step, curve, names_in, script, tensors
 from PIL import Image
 from torch import Tensor
 from transformers import DistilBertConfig, DistilBertModel, PreTrainedTokenizerFast
 
 import trainer
 from config import Config
+from conftest import FILES, ROOT, STEPS, TINY, assert_same_tensors, at_step, curve, names_in, script, tensors
 from data import read_splits
 from inference import evaluate
 from models import load_clip, read_weights, word_pieces_of
@@ -383,7 +383,8 @@ def compared(weights: Path, backbones: list[str], part: str) -> dict[str, bool]:
 
 
 def test_training_moves_both_pretrained_encoders_but_not_batch_norm_statistics(workplace, shapes, backbones):
-    main([*backbones, "--data-dir", str(shapes), *SMALL])
+    whole = ["--freeze-image-encoder", "0", "--freeze-text-encoder", "0"]
+    main([*backbones, *whole, "--data-dir", str(shapes), *SMALL])
     image = compared(workplace / "runs/clip/best.pt", backbones, "image")
     statistics = {name for name in image if "running_" in name or "num_batches_tracked" in name}
     assert {"running_mean", "running_var"} <= {name.rpartition(".")[2] for name in statistics}
@@ -515,20 +516,32 @@ def test_a_truncated_picture_stops_training_when_it_is_read(workplace, own_shape
 
 
 @pytest.mark.parametrize("which", ["image", "text"])
-def test_a_frozen_encoder_stays_as_it_is_while_its_head_learns(workplace, shapes, which):
-    main([*TINY, "--data-dir", str(shapes), f"--freeze-{which}-encoder", "--name", "frozen", "--epochs", "1"])
-    first, last = weights_before(workplace, shapes, which), tensors(workplace / "runs/frozen/last.pt")
-    moved = {name for name in first if not torch.equal(first[name], last[name])}
-    assert not [name for name in moved if name.startswith(f"{which}.encoder.")]  # batch-norm statistics among them
-    assert [name for name in moved if name.startswith(f"{which}.head.")]
-    other = "text" if which == "image" else "image"
-    assert [name for name in moved if name.startswith(f"{other}.encoder.")]
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_the_frozen_share_of_an_encoder_stays_as_its_folder_has_it(workplace, shapes, backbones, which, share):
+    """Counted from the input, in tensors, with the batch norm of a wholly frozen one; all the rest learns."""
+    shares = {"image": 0.0, "text": 0.0} | {which: share}
+    flags = [word for part, of_it in shares.items() for word in (f"--freeze-{part}-encoder", str(of_it))]
+    main([*backbones, *flags, "--data-dir", str(shapes), *SMALL])
+    for part, of_it in shares.items():
+        unchanged = compared(workplace / "runs/clip/best.pt", backbones, part)
+        encoder = getattr(load_clip(read_weights(workplace / "runs/clip/best.pt")), part).encoder.model
+        in_order = [name for name, _ in encoder.named_parameters()]
+        frozen = round(of_it * len(in_order))
+        assert all(unchanged[name] for name in in_order[:frozen])
+        assert not any(unchanged[name] for name in in_order[frozen:])
 
 
-def weights_before(workplace: Path, shapes: Path, which: str) -> dict[str, Tensor]:
+def test_an_encoder_from_scratch_learns_whole(workplace, shapes):
+    main([*TINY, "--data-dir", str(shapes), "--freeze-image-encoder", "1", "--freeze-text-encoder", "1"])
+    first, last = weights_before(workplace, shapes), tensors(workplace / "runs/demo/last.pt")
+    still = {name for name in first if torch.equal(first[name], last[name])}
+    assert not [name for name in still if ".encoder.model." in name and name.endswith("weight")]
+
+
+def weights_before(workplace: Path, shapes: Path) -> dict[str, Tensor]:
     """The weights before the first step of the same run."""
     at_once = at_step(1, KeyboardInterrupt())
     with pytest.MonkeyPatch.context() as patched, pytest.raises(SystemExit):
         patched.setattr(trainer, "contrastive_loss", at_once)
-        main([*TINY, "--data-dir", str(shapes), f"--freeze-{which}-encoder", "--name", "first", "--epochs", "1"])
+        main([*TINY, "--data-dir", str(shapes), "--name", "first"])
     return tensors(workplace / "runs/first/last.pt")

@@ -1,0 +1,176 @@
+"""One change to the recipe at a time, trained shortly and scored on the dev split: README's table of what paid.
+
+python tests/ablation.py --data-dir path/to/flickr8k --image-encoder path/to/timm-folder --text-encoder path/to/folder
+python tests/ablation.py --data-dir ... --only recipe "mean of weights" --settings --image-size 128 --epochs 6
+
+What stands after `--settings` goes to every run, to shorten them all. Each has a process of its own.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from argparse import REMAINDER, ArgumentParser, Namespace
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import models  # noqa: E402
+import trainer  # noqa: E402
+from config import Config, parse  # noqa: E402
+from inference import RECALLS_AT  # noqa: E402
+
+CHANGES: dict[str, list[str] | Callable[[], None]] = {  # settings, or what replaces a part of the program
+    "recipe": [],
+    "no layer frozen": ["--freeze-image-encoder", "0", "--freeze-text-encoder", "0"],
+    "image encoder frozen": ["--freeze-image-encoder", "1"],
+    "text encoder frozen": ["--freeze-text-encoder", "1"],
+    "no augmentation": ["--no-augment"],
+    "rates x 2": ["--image-lr", "2e-4", "--text-lr", "1e-4", "--head-lr", "2e-3"],
+    "rates / 2": ["--image-lr", "5e-5", "--text-lr", "2.5e-5", "--head-lr", "5e-4"],
+    "batch 64": ["--batch-size", "64"],
+    "batch 256": ["--batch-size", "256"],
+    "dropout 0.3": ["--dropout", "0.3"],
+    "projection 512": ["--projection-dim", "512"],
+    "temperature 0.05": ["--temperature", "0.05"],
+    "weight decay 0.01": ["--weight-decay", "0.01"],
+}
+
+
+def change(name: str) -> Callable:
+    """Gives a change that no setting makes its name."""
+
+    def keep(function: Callable[[], None]) -> Callable[[], None]:
+        CHANGES[name] = function
+        return function
+
+    return keep
+
+
+@change("linear heads")
+def linear_heads() -> None:
+    class Head(nn.Module):
+        def __init__(self, width: int, projection_dim: int, dropout: float) -> None:
+            super().__init__()
+            self.projection = nn.Linear(width, projection_dim)
+
+        def forward(self, features: Tensor) -> Tensor:
+            return self.projection(features)
+
+    models.ProjectionHead = Head
+
+
+@change("first token instead of mean")
+def first_token() -> None:
+    def forward(self: models.TextEncoder, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.model(input_ids=ids, attention_mask=mask).last_hidden_state[:, 0]
+
+    models.TextEncoder.forward = forward
+
+
+@change("batch statistics trained")
+def batch_statistics() -> None:
+    trainer.training_mode = lambda model, config: model.train()
+
+
+@change("label smoothing 0.1")
+def label_smoothing() -> None:
+    def loss(images: Tensor, texts: Tensor, logit_scale: Tensor, rows: slice = slice(None)) -> Tensor:
+        matches, logits = torch.arange(len(images)), logit_scale * images @ texts.T  # (B, D) @ (D, B)
+        return sum(F.cross_entropy(each, matches, label_smoothing=0.1) for each in (logits, logits.T)) / 2
+
+    trainer.contrastive_loss = loss
+
+
+@change("hardest negatives, margin 0.2, added")
+def hardest_negatives(honest: Callable = models.contrastive_loss) -> None:
+    """VSE++ (arXiv 1707.05612) on top of the contrastive loss."""
+
+    def loss(images: Tensor, texts: Tensor, logit_scale: Tensor, rows: slice = slice(None)) -> Tensor:
+        cosines = images @ texts.T  # (B, D) @ (D, B)
+        right, wrong = cosines.diag(), cosines - 2 * torch.eye(len(cosines))
+        hinges = [(0.2 + wrong.amax(dim) - right).relu().mean() for dim in (0, 1)]
+        return honest(images, texts, logit_scale) + sum(hinges)
+
+    trainer.contrastive_loss = loss
+
+
+@change("mean of weights")
+def mean_of_weights(decay: float = 0.98) -> None:
+    """An exponential mean of the weights over the steps is scored in their place."""
+    means: dict[str, Tensor] = {}
+    step, validate = trainer.train_step, trainer.validate
+
+    def train_step(run: trainer.Run, *batch: object) -> Tensor:
+        loss = step(run, *batch)
+        for name, value in run.model.state_dict().items():
+            if value.is_floating_point():
+                means.setdefault(name, value.clone()).lerp_(value, 1 - decay)
+        return loss
+
+    def validate_means(model: models.CLIP, run: trainer.Run, split: str) -> dict[str, float]:
+        model.load_state_dict(means, strict=False)
+        return validate(model, run, split)
+
+    trainer.train_step, trainer.validate = train_step, validate_means
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-dir", required=True, help="Flickr8k")
+    parser.add_argument("--image-encoder", required=True, help="timm folder of the pretrained image encoder")
+    parser.add_argument("--text-encoder", required=True, help="transformers folder of the pretrained text encoder")
+    parser.add_argument("--only", nargs="+", default=list(CHANGES), choices=CHANGES, help="some rows alone")
+    parser.add_argument("--child", choices=CHANGES, help="(of the program itself) one run")
+    parser.add_argument("--settings", nargs=REMAINDER, default=[], help="flags of trainer.py for every run; the last")
+    options = parser.parse_args()
+    if options.child:
+        with redirect_stdout(sys.stderr):
+            row = run(options)
+        print(json.dumps(row))
+        return
+    print("| change | pairs | minutes | last loss | dev text→image R@1/5/10 | image→text | mean of six |")
+    print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
+    for name in options.only:
+        command = [sys.executable, sys.argv[0], "--child", name, *sys.argv[1:]]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            sys.exit(f"{name}: failed")
+        print(f"| {' | '.join([name, *json.loads(done.stdout.splitlines()[-1])])} |", flush=True)
+
+
+def run(options: Namespace) -> list[str]:
+    """The row of one change: a training run that is validated once, at its end."""
+    own = CHANGES[options.child]
+    flags = [*(own if isinstance(own, list) else []), *options.settings]
+    if callable(own):
+        own()
+    folders = [str(Path(options.data_dir).absolute()), f"local-dir:{Path(options.image_encoder).absolute()}"]
+    folders += [str(Path(options.text_encoder).absolute())]
+    named = zip(("--data-dir", "--image-encoder", "--text-encoder"), folders)
+    config = parse(Config, [*(word for pair in named for word in pair), *flags])
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        training = trainer.prepare(config, None)
+        started = time.perf_counter()
+        for epoch in range(config.epochs):
+            loss = trainer.train_epoch(training, epoch)
+        minutes = (time.perf_counter() - started) / 60
+        metrics = trainer.validate(training.model, training, "dev")
+    ways = [" / ".join(f"{metrics[f'{way}_r{k}']:.1f}" for k in RECALLS_AT) for way in ("t2i", "i2t")]
+    mean = sum(metrics[name] for name in trainer.RECALLS) / len(trainer.RECALLS)
+    pairs = config.epochs * len(training.loader) * config.batch_size
+    return [f"{pairs:,}", f"{minutes:.1f}", f"{loss:.2f}", *ways, f"{mean:.1f}"]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""Recalls of this repository, open_clip's program and the tutorial's recipe: same pictures, encoders, size and minutes.
+
+pip install -r requirements.txt -r tests/requirements-bench.txt
+DATA="--data-dir path/to/flickr8k --image-encoder path/to/timm-folder --text-encoder path/to/transformers-folder"
+python tests/comparison.py $DATA --minutes 5 --open-clip-lr 1e-4 3e-4 1e-3 --tutorial-times 0.3 1 3
+python tests/comparison.py $DATA --minutes 45 --open-clip-lr 3e-4 --tutorial-times 1 --split test
+python tests/comparison.py $DATA --weights runs/clip/best.pt --split test
+
+Rates are chosen on the dev split, which is the default. All are scored by `recalls`, which shares nothing with
+`inference.py`. A run has a process of its own and ends when its minutes of training are over, schedule included.
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterable
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+K = (1, 5, 10)
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-dir", required=True, help="Flickr8k")
+    parser.add_argument("--image-encoder", required=True, help="timm folder of the pretrained image encoder")
+    parser.add_argument("--text-encoder", required=True, help="transformers folder of the pretrained text encoder")
+    parser.add_argument("--image-size", type=int, default=224, help="side of the pictures, in pixels")
+    parser.add_argument("--minutes", type=float, default=45, help="of training, without loading and scoring")
+    parser.add_argument("--split", choices=("dev", "test"), default="dev", help="what is scored, at the end alone")
+    parser.add_argument("--open-clip-lr", type=float, nargs="*", default=[], help="train with open_clip at each rate")
+    parser.add_argument("--tutorial-times", type=float, nargs="*", default=[], help="the tutorial's rates times each")
+    parser.add_argument("--weights", nargs="*", default=[], help="score weights of trainer.py")
+    parser.add_argument("--child", nargs=2, help="(of the program itself) one run: its program and rate")
+    options = parser.parse_args()
+    options.data_dir, options.image_encoder, options.text_encoder, *options.weights = (
+        str(Path(path).absolute())
+        for path in (options.data_dir, options.image_encoder, options.text_encoder, *options.weights)
+    )
+    if options.child:
+        program, setting = options.child
+        with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
+            result = PROGRAMS[program](options, setting, Path(folder))
+        print(json.dumps(result))
+        return
+    print(f"| program | rate | pairs | minutes | {options.split} text→image R@1/5/10 | image→text |")
+    print("| --- | --- | --- | --- | --- | --- |", flush=True)
+    runs = [("trainer.py", weights) for weights in options.weights]
+    runs += [("open_clip", lr) for lr in options.open_clip_lr]
+    runs += [("tutorial", times) for times in options.tutorial_times]
+    for program, setting in runs:
+        command = [sys.executable, *sys.argv, "--child", program, str(setting)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            sys.exit(f"{program} {setting} failed")
+        row = json.loads(done.stdout.splitlines()[-1])
+        ways = [" / ".join(f"{row[f'{way}_r{k}']:.1f}" for k in K) for way in ("t2i", "i2t")]
+        cells = [program, row["rate"], f"{row['pairs']:,}", f"{row['minutes']:.1f}", *ways]
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+# ---------------------------------------------------------------- the evaluator
+
+
+def recalls(images: np.ndarray, texts: np.ndarray, picture_of_text: np.ndarray) -> dict[str, float]:
+    """Recall@K in percent, both ways, from embeddings (N, D) and (M, D) of any length and each text's picture (M,).
+
+    One query at a time: everything is sorted by cosine, wrong answers before right ones of the same cosine, and the
+    first right one must be among the first K (Hodosh et al., 2013; five captions a picture, of which any will do).
+    """
+    images, texts = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (images, texts))
+
+    def found(queries: Iterable[np.ndarray], answers: np.ndarray, right: Callable[[int], np.ndarray]) -> np.ndarray:
+        firsts = []
+        for number, query in enumerate(queries):
+            is_right = right(number)
+            order = np.lexsort((is_right, -(answers @ query)))  # by cosine, then wrong ones first
+            firsts.append(np.argmax(is_right[order]))
+        return np.array(firsts)
+
+    numbers = np.arange(len(images))
+    ways = {
+        "t2i": found(texts, images, lambda text: numbers == picture_of_text[text]),
+        "i2t": found(images, texts, lambda image: picture_of_text == image),
+    }
+    return {f"{way}_r{k}": 100 * float(np.mean(first < k)) for way, first in ways.items() for k in K}
+
+
+@torch.inference_mode()
+def score(
+    encode_images: Callable[[list[Path]], torch.Tensor],
+    encode_texts: Callable[[list[str]], torch.Tensor],
+    data_dir: str,
+    split: str,
+) -> dict[str, float]:
+    """The recalls of two encoders, which are handed paths or captions a hundred at a time."""
+    from data import read_splits
+
+    part = read_splits(data_dir)[split]
+
+    def embed(encode: Callable[[list], torch.Tensor], items: list) -> np.ndarray:
+        return torch.cat([encode(items[i : i + 100]) for i in range(0, len(items), 100)]).numpy()
+
+    picture_of_text = np.repeat(np.arange(len(part.paths)), [len(captions) for captions in part.captions])
+    return recalls(embed(encode_images, part.paths), embed(encode_texts, part.texts), picture_of_text)
+
+
+# ---------------------------------------------------------------- the three programs
+
+
+def trainer_py(options: Namespace, weights_path: str, folder: Path) -> dict:
+    """Weights that `trainer.py` has trained; pairs and minutes are those of its `metrics.csv`, validation left out."""
+    import pandas as pd
+
+    from data import Transform, read_picture, stack, tokenize
+    from models import load_clip, read_weights
+
+    weights = read_weights(weights_path)
+    config, model, transform = weights["config"], load_clip(weights), Transform(weights["config"].image_size)
+    metrics = score(
+        lambda paths: model.encode_image(stack(transform(read_picture(path)) for path in paths)),
+        lambda texts: model.encode_text(*tokenize(weights["tokenizer"], texts)),
+        options.data_dir,
+        options.split,
+    )
+    table = pd.read_csv(Path(weights_path).with_name("metrics.csv"))
+    rate = f"{config.image_lr:g} / {config.text_lr:g} / {config.head_lr:g}"
+    pairs = round((table.seconds * table.pairs_per_second).sum())
+    return {"rate": rate, "pairs": pairs, "minutes": table.seconds.sum() / 60, **metrics}
+
+
+def open_clip(options: Namespace, lr: str, folder: Path) -> dict:
+    """open_clip's own program: AdamW, warmup over a tenth, then a cosine to 0; every caption a pair of its own.
+
+    It trains for whole passes over a table, so a short try tells how many rows fill the minutes.
+    """
+    import open_clip as library
+
+    from data import read_splits
+    from rivals import OPEN_CLIP_MODEL, describe_to_open_clip, train_open_clip, write_pairs
+
+    os.chdir(folder)
+    split = read_splits(options.data_dir)["train"]
+    pairs = [(path, caption) for path, captions in zip(split.paths, split.captions) for caption in captions]
+    random.Random(0).shuffle(pairs)
+    describe_to_open_clip(f"local-dir:{options.image_encoder}", options.text_encoder, options.image_size)
+    batch = ["--batch-size", "128", "--workers", "4", "--pretrained-image"]
+    batch += ["--force-context-length", "48"]  # not 77, to which every caption is padded: Flickr8k's have 42 at most
+    batch += ["--image-mean", "0.5", "0.5", "0.5", "--image-std", "0.5", "0.5", "0.5"]  # the encoder's own
+    write_pairs(pairs[: 8 * 128], Path("try.csv"))
+    speed = sorted(train_open_clip(Path("try.csv"), *batch, "--logs", "none")[2:])[3]
+    steps = max(10, round(60 * options.minutes * speed / 128))
+    write_pairs((pairs * (1 + steps * 128 // len(pairs)))[: steps * 128], Path("pairs.csv"))
+    started = time.perf_counter()
+    rate = ["--lr", lr, "--warmup", str(steps // 10), "--logs", "logs", "--name", "run"]
+    train_open_clip(Path("pairs.csv"), *batch, *rate)
+    minutes = (time.perf_counter() - started) / 60
+    model, _, preprocess = library.create_model_and_transforms(
+        OPEN_CLIP_MODEL, "logs/run/checkpoints/epoch_1.pt", image_mean=(0.5,) * 3, image_std=(0.5,) * 3
+    )
+    model.eval()
+    tokenizer = library.get_tokenizer(OPEN_CLIP_MODEL, context_length=48)
+    metrics = score(
+        lambda paths: model.encode_image(torch.stack([preprocess(_open(path)) for path in paths])),
+        lambda texts: model.encode_text(tokenizer(texts)),
+        options.data_dir,
+        options.split,
+    )
+    return {"rate": lr, "pairs": steps * 128, "minutes": minutes, **metrics}
+
+
+def _open(path: Path):
+    from PIL import Image
+
+    return Image.open(path).convert("RGB")
+
+
+def tutorial(options: Namespace, times: str, folder: Path) -> dict:
+    """The tutorial's recipe; its rates fall by a fifth when the loss on the dev split has not fallen for an epoch."""
+    from config import Config, pick_device
+    from data import read_splits, tokenize
+    from models import CLIP, Tower, build_image_encoder, load_text_encoder
+    from rivals import Tutorial, TutorialRows
+
+    pick_device("cpu")
+    torch.manual_seed(0)
+    splits = read_splits(options.data_dir)
+    config = Config(image_encoder=f"local-dir:{options.image_encoder}", text_encoder=options.text_encoder)
+    text, tokenizer = load_text_encoder(config)
+    model = CLIP(Tower(build_image_encoder(config), config), Tower(text, config), 1.0)
+
+    def rows(split: str) -> TutorialRows:
+        paths = [path for path, captions in zip(splits[split].paths, splits[split].captions) for _ in captions]
+        return TutorialRows(paths, splits[split].texts, options.text_encoder, options.image_size)
+
+    training = Tutorial(model, rows("train"), batch_size=32, times=float(times))
+    validation = Tutorial(model, rows("dev"), batch_size=32)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(training.optimizer, patience=1, factor=0.8)
+    seconds, pairs = 0.0, 0
+    while seconds < 60 * options.minutes:
+        started = time.perf_counter()
+        for _ in training.epoch():
+            pairs += 32
+            if seconds + time.perf_counter() - started >= 60 * options.minutes:
+                break
+        seconds += time.perf_counter() - started
+        plateau.step(validation.mean_loss())
+    model.eval()
+    metrics = score(
+        lambda paths: training.encode_image(torch.stack([training.rows.pixels(path) for path in paths])),
+        lambda texts: training.encode_text(*tokenize(tokenizer, texts)),
+        options.data_dir,
+        options.split,
+    )
+    return {"rate": f"usual, times {times}", "pairs": pairs, "minutes": seconds / 60, **metrics}
+
+
+PROGRAMS = {"trainer.py": trainer_py, "open_clip": open_clip, "tutorial": tutorial}
+
+if __name__ == "__main__":
+    main()
