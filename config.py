@@ -70,14 +70,14 @@ class Config:
         default=0.5,
         help="share of a pretrained image encoder, from the pixels on, that stays as it is; 1: all but a head",
     )
-    freeze_text_encoder: float = HfArg(default=0.5, help="the same of a pretrained text encoder, from the tokens on")
+    freeze_text_encoder: float = HfArg(default=0.5, help="the same of a pretrained text encoder, from its words on")
     text_layers: int = HfArg(default=0, help="layers of a text encoder from scratch; 0: as its architecture has")
     text_width: int = HfArg(default=0, help="width of a text encoder from scratch; 0: as its architecture has")
     projection_dim: int = HfArg(default=256, help="width of the space that pictures and texts share")
     dropout: float = HfArg(default=0.1, help="share of the projection heads' activations dropped in training")
     temperature: float = HfArg(default=0.07, help="start of the learnt temperature, as in the paper (section 2.4)")
     # optimisation
-    epochs: int = HfArg(default=12, help="passes over the pictures, each with another caption drawn")
+    epochs: int = HfArg(default=28, help="passes over the pictures, each with another caption drawn")
     batch_size: int = HfArg(
         default=128, help="pairs per step, of all processes together; every pair has the others as its negatives"
     )
@@ -85,8 +85,8 @@ class Config:
         default=0,
         help="pairs of a process whose activations are in memory at a time, for larger batches; a third slower; 0: all",
     )
-    image_lr: float = HfArg(default=1e-4, help="peak learning rate of the image encoder: pretrained, so slow")
-    text_lr: float = HfArg(default=5e-5, help="peak learning rate of the text encoder: pretrained, so slow")
+    image_lr: float = HfArg(default=2e-4, help="peak learning rate of the image encoder: pretrained, so slow")
+    text_lr: float = HfArg(default=1e-4, help="peak learning rate of the text encoder: pretrained, so slow")
     head_lr: float = HfArg(default=1e-3, help="peak learning rate of projection heads and temperature: new, so fast")
     weight_decay: float = HfArg(default=0.1, help="AdamW's decay, on matrices only")
     warmup: float = HfArg(default=0.1, help="share of the steps over which the rates rise before their cosine decay")

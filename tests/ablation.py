@@ -35,8 +35,8 @@ CHANGES: dict[str, list[str] | Callable[[], None]] = {  # settings, or what repl
     "image encoder frozen": ["--freeze-image-encoder", "1"],
     "text encoder frozen": ["--freeze-text-encoder", "1"],
     "no augmentation": ["--no-augment"],
-    "rates x 2": ["--image-lr", "2e-4", "--text-lr", "1e-4", "--head-lr", "2e-3"],
-    "rates / 2": ["--image-lr", "5e-5", "--text-lr", "2.5e-5", "--head-lr", "5e-4"],
+    "encoders' rates x 2": ["--image-lr", str(2 * Config.image_lr), "--text-lr", str(2 * Config.text_lr)],
+    "encoders' rates / 2": ["--image-lr", str(Config.image_lr / 2), "--text-lr", str(Config.text_lr / 2)],
     "batch 64": ["--batch-size", "64"],
     "batch 256": ["--batch-size", "256"],
     "dropout 0.3": ["--dropout", "0.3"],
@@ -85,7 +85,10 @@ def batch_statistics() -> None:
 @change("label smoothing 0.1")
 def label_smoothing() -> None:
     def loss(images: Tensor, texts: Tensor, logit_scale: Tensor, rows: slice = slice(None)) -> Tensor:
-        matches, logits = torch.arange(len(images)), logit_scale * images @ texts.T  # (B, D) @ (D, B)
+        matches, logits = (
+            torch.arange(len(images), device=images.device),
+            logit_scale * images @ texts.T,
+        )  # (B, D) @ (D, B)
         return sum(F.cross_entropy(each, matches, label_smoothing=0.1) for each in (logits, logits.T)) / 2
 
     trainer.contrastive_loss = loss
@@ -97,7 +100,7 @@ def hardest_negatives(honest: Callable = models.contrastive_loss) -> None:
 
     def loss(images: Tensor, texts: Tensor, logit_scale: Tensor, rows: slice = slice(None)) -> Tensor:
         cosines = images @ texts.T  # (B, D) @ (D, B)
-        right, wrong = cosines.diag(), cosines - 2 * torch.eye(len(cosines))
+        right, wrong = cosines.diag(), cosines - 2 * torch.eye(len(cosines), device=cosines.device)
         hinges = [(0.2 + wrong.amax(dim) - right).relu().mean() for dim in (0, 1)]
         return honest(images, texts, logit_scale) + sum(hinges)
 
@@ -114,7 +117,9 @@ def mean_of_weights(decay: float = 0.98) -> None:
         loss = step(run, *batch)
         for name, value in run.model.state_dict().items():
             if value.is_floating_point():
-                means.setdefault(name, value.clone()).lerp_(value, 1 - decay)
+                if name not in means:
+                    means[name] = value.clone()
+                means[name].lerp_(value, 1 - decay)
         return loss
 
     def validate_means(model: models.CLIP, run: trainer.Run, split: str) -> dict[str, float]:
@@ -151,7 +156,7 @@ def main() -> None:
 def run(options: Namespace) -> list[str]:
     """The row of one change: a training run that is validated once, at its end."""
     own = CHANGES[options.child]
-    flags = [*(own if isinstance(own, list) else []), *options.settings]
+    flags = [*options.settings, *(own if isinstance(own, list) else [])]
     if callable(own):
         own()
     folders = [str(Path(options.data_dir).absolute()), f"local-dir:{Path(options.image_encoder).absolute()}"]

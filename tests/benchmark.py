@@ -224,7 +224,7 @@ def tutorial(options: Namespace, pair: str, steps: str) -> dict[str, float]:
     model = CLIP(Tower(build_image_encoder(config), config), Tower(text, config), 1.0)
     paths = [path for path, captions in zip(split.paths, split.captions) for _ in captions]
     folder = options.text_encoder if config.pretrained else "distilbert"
-    rows = TutorialRows(paths, split.texts, folder, config.image_size)
+    rows = TutorialRows(paths, split.texts, folder, config.image_size, {})
     speeds, started = [], time.perf_counter()
     for _ in Tutorial(model, Subset(rows, range(int(steps) * config.batch_size)), config.batch_size).epoch():
         speeds.append(config.batch_size / (time.perf_counter() - started))

@@ -2,12 +2,12 @@
 
 pip install -r requirements.txt -r tests/requirements-bench.txt
 DATA="--data-dir path/to/flickr8k --image-encoder path/to/timm-folder --text-encoder path/to/transformers-folder"
-python tests/comparison.py $DATA --minutes 5 --open-clip-lr 1e-4 3e-4 1e-3 --tutorial-times 0.3 1 3
+python tests/comparison.py $DATA --minutes 15 --open-clip-lr 1e-4 3e-4 1e-3 --tutorial-times 0.3 1 3
 python tests/comparison.py $DATA --minutes 45 --open-clip-lr 3e-4 --tutorial-times 1 --split test
 python tests/comparison.py $DATA --weights runs/clip/best.pt --split test
 
 Rates are chosen on the dev split, which is the default. All are scored by `recalls`, which shares nothing with
-`inference.py`. A run has a process of its own and ends when its minutes of training are over, schedule included.
+`inference.py`. Each run has a process of its own, and trains for the minutes, without loading, validating and saving.
 """
 
 import json
@@ -28,6 +28,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 K = (1, 5, 10)
+BATCH = 64  # open_clip's default
 
 
 def main() -> None:
@@ -36,7 +37,7 @@ def main() -> None:
     parser.add_argument("--image-encoder", required=True, help="timm folder of the pretrained image encoder")
     parser.add_argument("--text-encoder", required=True, help="transformers folder of the pretrained text encoder")
     parser.add_argument("--image-size", type=int, default=224, help="side of the pictures, in pixels")
-    parser.add_argument("--minutes", type=float, default=45, help="of training, without loading and scoring")
+    parser.add_argument("--minutes", type=float, default=45, help="of training alone")
     parser.add_argument("--split", choices=("dev", "test"), default="dev", help="what is scored, at the end alone")
     parser.add_argument("--open-clip-lr", type=float, nargs="*", default=[], help="train with open_clip at each rate")
     parser.add_argument("--tutorial-times", type=float, nargs="*", default=[], help="the tutorial's rates times each")
@@ -119,14 +120,16 @@ def score(
 
 
 def trainer_py(options: Namespace, weights_path: str, folder: Path) -> dict:
-    """Weights that `trainer.py` has trained; pairs and minutes are those of its `metrics.csv`, validation left out."""
+    """Weights that `trainer.py` has trained, of its best epoch on the dev split; minutes are those of `metrics.csv`."""
     import pandas as pd
 
     from data import Transform, read_picture, stack, tokenize
     from models import load_clip, read_weights
 
     weights = read_weights(weights_path)
-    config, model, transform = weights["config"], load_clip(weights), Transform(weights["config"].image_size)
+    config, model, transform = weights["config"], load_clip(weights), Transform(options.image_size)
+    if config.image_size != options.image_size:
+        sys.exit(f"{weights_path}: trained at {config.image_size} px; give --image-size {config.image_size}")
     metrics = score(
         lambda paths: model.encode_image(stack(transform(read_picture(path)) for path in paths)),
         lambda texts: model.encode_text(*tokenize(weights["tokenizer"], texts)),
@@ -140,11 +143,13 @@ def trainer_py(options: Namespace, weights_path: str, folder: Path) -> dict:
 
 
 def open_clip(options: Namespace, lr: str, folder: Path) -> dict:
-    """open_clip's own program: AdamW, warmup over a tenth, then a cosine to 0; every caption a pair of its own.
+    """open_clip's own program with its usual batch: AdamW, warmup over a tenth, a cosine to 0, batch norm trained.
 
-    It trains for whole passes over a table, so a short try tells how many rows fill the minutes.
+    Every caption is a pair of its own. The program makes whole passes over a table, so a short try tells how many rows,
+    from the first again after the last, fill the minutes.
     """
     import open_clip as library
+    from PIL import Image
 
     from data import read_splits
     from rivals import OPEN_CLIP_MODEL, describe_to_open_clip, train_open_clip, write_pairs
@@ -154,39 +159,47 @@ def open_clip(options: Namespace, lr: str, folder: Path) -> dict:
     pairs = [(path, caption) for path, captions in zip(split.paths, split.captions) for caption in captions]
     random.Random(0).shuffle(pairs)
     describe_to_open_clip(f"local-dir:{options.image_encoder}", options.text_encoder, options.image_size)
-    batch = ["--batch-size", "128", "--workers", "4", "--pretrained-image"]
-    batch += ["--force-context-length", "48"]  # not 77, to which every caption is padded: Flickr8k's have 42 at most
-    batch += ["--image-mean", "0.5", "0.5", "0.5", "--image-std", "0.5", "0.5", "0.5"]  # the encoder's own
-    write_pairs(pairs[: 8 * 128], Path("try.csv"))
-    speed = sorted(train_open_clip(Path("try.csv"), *batch, "--logs", "none")[2:])[3]
-    steps = max(10, round(60 * options.minutes * speed / 128))
-    write_pairs((pairs * (1 + steps * 128 // len(pairs)))[: steps * 128], Path("pairs.csv"))
-    started = time.perf_counter()
+    arguments = ["--batch-size", str(BATCH), "--workers", "4", "--pretrained-image"]
+    arguments += [
+        "--force-context-length",
+        "48",
+    ]  # not 77, to which every caption is padded: Flickr8k's have 42 at most
+    statistics = pixel_statistics(options)
+    for flag, values in zip(("--image-mean", "--image-std"), statistics.values()):
+        arguments += [flag, *map(str, values)]
+    write_pairs(pairs[: 12 * BATCH], Path("try.csv"))
+    speed = np.median(train_open_clip(Path("try.csv"), *arguments, "--logs", "none")[4:])
+    steps = max(10, round(60 * options.minutes * speed / BATCH))
+    write_pairs((pairs * (1 + steps * BATCH // len(pairs)))[: steps * BATCH], Path("pairs.csv"))
     rate = ["--lr", lr, "--warmup", str(steps // 10), "--logs", "logs", "--name", "run"]
-    train_open_clip(Path("pairs.csv"), *batch, *rate)
-    minutes = (time.perf_counter() - started) / 60
+    speeds = train_open_clip(Path("pairs.csv"), *arguments, *rate)
     model, _, preprocess = library.create_model_and_transforms(
-        OPEN_CLIP_MODEL, "logs/run/checkpoints/epoch_1.pt", image_mean=(0.5,) * 3, image_std=(0.5,) * 3
+        OPEN_CLIP_MODEL, "logs/run/checkpoints/epoch_1.pt", image_mean=statistics["mean"], image_std=statistics["std"]
     )
     model.eval()
     tokenizer = library.get_tokenizer(OPEN_CLIP_MODEL, context_length=48)
     metrics = score(
-        lambda paths: model.encode_image(torch.stack([preprocess(_open(path)) for path in paths])),
+        lambda paths: model.encode_image(torch.stack([preprocess(Image.open(path)) for path in paths])),
         lambda texts: model.encode_text(tokenizer(texts)),
         options.data_dir,
         options.split,
     )
-    return {"rate": lr, "pairs": steps * 128, "minutes": minutes, **metrics}
+    return {"rate": lr, "pairs": steps * BATCH, "minutes": sum(BATCH / each for each in speeds) / 60, **metrics}
 
 
-def _open(path: Path):
-    from PIL import Image
+def pixel_statistics(options: Namespace) -> dict[str, tuple[float, ...]]:
+    """Mean and standard deviation of pixels as the image encoder knows them."""
+    import timm
 
-    return Image.open(path).convert("RGB")
+    settings = timm.create_model(f"local-dir:{options.image_encoder}").pretrained_cfg
+    return {name: settings[name] for name in ("mean", "std")}
 
 
 def tutorial(options: Namespace, times: str, folder: Path) -> dict:
-    """The tutorial's recipe; its rates fall by a fifth when the loss on the dev split has not fallen for an epoch."""
+    """The tutorial's recipe; its rates fall by a fifth when the loss on the dev split has not fallen for two epochs.
+
+    The weights with the smallest such loss are scored, of the ends of epochs and of the minutes.
+    """
     from config import Config, pick_device
     from data import read_splits, tokenize
     from models import CLIP, Tower, build_image_encoder, load_text_encoder
@@ -195,18 +208,19 @@ def tutorial(options: Namespace, times: str, folder: Path) -> dict:
     pick_device("cpu")
     torch.manual_seed(0)
     splits = read_splits(options.data_dir)
-    config = Config(image_encoder=f"local-dir:{options.image_encoder}", text_encoder=options.text_encoder)
+    encoders = {"image_encoder": f"local-dir:{options.image_encoder}", "text_encoder": options.text_encoder}
+    config = Config(image_size=options.image_size, **encoders)
     text, tokenizer = load_text_encoder(config)
     model = CLIP(Tower(build_image_encoder(config), config), Tower(text, config), 1.0)
+    statistics = pixel_statistics(options)
 
     def rows(split: str) -> TutorialRows:
         paths = [path for path, captions in zip(splits[split].paths, splits[split].captions) for _ in captions]
-        return TutorialRows(paths, splits[split].texts, options.text_encoder, options.image_size)
+        return TutorialRows(paths, splits[split].texts, options.text_encoder, options.image_size, statistics)
 
-    training = Tutorial(model, rows("train"), batch_size=32, times=float(times))
-    validation = Tutorial(model, rows("dev"), batch_size=32)
+    training, dev = Tutorial(model, rows("train"), batch_size=32, times=float(times)), rows("dev")
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(training.optimizer, patience=1, factor=0.8)
-    seconds, pairs = 0.0, 0
+    seconds, pairs, smallest = 0.0, 0, float("inf")
     while seconds < 60 * options.minutes:
         started = time.perf_counter()
         for _ in training.epoch():
@@ -214,7 +228,11 @@ def tutorial(options: Namespace, times: str, folder: Path) -> dict:
             if seconds + time.perf_counter() - started >= 60 * options.minutes:
                 break
         seconds += time.perf_counter() - started
-        plateau.step(validation.mean_loss())
+        loss = training.mean_loss(dev)
+        plateau.step(loss)
+        if loss < smallest:
+            smallest, best = loss, {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(best)
     model.eval()
     metrics = score(
         lambda paths: training.encode_image(torch.stack([training.rows.pixels(path) for path in paths])),

@@ -518,7 +518,7 @@ def test_a_truncated_picture_stops_training_when_it_is_read(workplace, own_shape
 @pytest.mark.parametrize("which", ["image", "text"])
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_the_frozen_share_of_an_encoder_stays_as_its_folder_has_it(workplace, shapes, backbones, which, share):
-    """Counted from the input, in tensors, with the batch norm of a wholly frozen one; all the rest learns."""
+    """Counted in tensors from the input; all the rest learns, but for batch-norm statistics."""
     shares = {"image": 0.0, "text": 0.0} | {which: share}
     flags = [word for part, of_it in shares.items() for word in (f"--freeze-{part}-encoder", str(of_it))]
     main([*backbones, *flags, "--data-dir", str(shapes), *SMALL])
@@ -529,6 +529,7 @@ def test_the_frozen_share_of_an_encoder_stays_as_its_folder_has_it(workplace, sh
         frozen = round(of_it * len(in_order))
         assert all(unchanged[name] for name in in_order[:frozen])
         assert not any(unchanged[name] for name in in_order[frozen:])
+        assert all(unchanged[name] for name, _ in encoder.named_buffers() if name in unchanged)
 
 
 def test_an_encoder_from_scratch_learns_whole(workplace, shapes):
