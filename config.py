@@ -68,7 +68,7 @@ class Config:
     pretrained: bool = HfArg(default=True, help="start from pretrained encoders: few pairs cannot teach what they know")
     freeze_image_encoder: float = HfArg(
         default=0.5,
-        help="share of a pretrained image encoder, in tensors from the pixels on, that learns nothing, for speed; 1: all",
+        help="share of a pretrained image encoder, in tensors from the pixels on, that stays, for speed; 1: all",
     )
     freeze_text_encoder: float = HfArg(default=0.5, help="the same of a pretrained text encoder, from its words on")
     text_layers: int = HfArg(default=0, help="layers of a text encoder from scratch; 0: as its architecture has")
