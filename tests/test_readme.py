@@ -1,6 +1,7 @@
 """Every command that the README shows is read from it and run, the long ones with tiny settings."""
 
 import io
+import json
 import re
 import shlex
 import shutil
@@ -37,7 +38,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, shapes: Path, trained: Path)
     shutil.copytree(shapes / "Images", place / "path/to/pictures")
     shutil.copy(shapes / "Images" / "00000.png", place / "photo.jpg")
     (place / "queries.txt").write_text("a red circle\na blue square\n")
-    for run in ("clip", "mine", "demo"):
+    for run in ("clip", "mine", "demo", "standins"):
         shutil.copytree(trained, place / "runs" / run)
     save_folders(place / "path/to/timm-folder", place / "path/to/transformers-folder")
     return place
@@ -112,6 +113,24 @@ def test_a_program_of_measurement_knows_the_flags_of_its_commands(program: str) 
     for command in commands:
         for flag in re.findall(r"--[\w-]+", command.partition(" --settings ")[0]):
             assert f"{flag} " in help
+
+
+def test_the_ablation_has_a_row_for_each_change(place: Path) -> None:
+    (command,) = [line for line in COMMANDS if line.startswith("python tests/ablation.py")]
+    arguments, settings = (shlex.split(part) for part in command.split(" --settings "))
+    changes = ["--only", "recipe", "mean of weights"]
+    program = (str(ROOT / arguments[1]), *arguments[2:], *changes, "--settings", *settings, *SMALL)
+    done = script(*program, cwd=place)
+    assert [line.split(" | ")[0] for line in done.stdout.splitlines()[2:]] == ["| recipe", "| mean of weights"]
+
+
+def test_the_comparison_has_a_row_for_weights_of_ours(place: Path) -> None:
+    (command,) = [line for line in COMMANDS if "--weights runs/standins" in line]
+    command = re.sub(r" --(open-clip-lr|tutorial-times) \S+", "", command)
+    done = script(*shlex.split(command)[1:], "--image-size", "32", cwd=place)
+    recall = json.loads((place / "runs/standins/test.json").read_text())["t2i_r10"]
+    assert done.stdout.splitlines()[2].startswith("| trainer.py |")
+    assert f" / {recall:.1f} | " in done.stdout
 
 
 def test_the_program_of_ones_own_runs(
