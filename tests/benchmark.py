@@ -116,8 +116,9 @@ def training(options: Namespace) -> Iterator[tuple[str, str, str]]:
 
 def small_data_set(data_dir: str, folder: Path, train: int) -> None:
     """`train` pictures of Flickr8k and eight each for dev and test, in Kaggle's layout; and open_clip's table."""
-    from data import read_splits
     from rivals import write_pairs
+
+    from data import read_splits
 
     with redirect_stdout(sys.stderr):
         split = read_splits(data_dir)["train"]
@@ -209,12 +210,12 @@ def open_clip(options: Namespace, pair: str, steps: str) -> dict[str, float]:
 
 def tutorial(options: Namespace, pair: str, steps: str) -> dict[str, float]:
     """Pairs/s of the loop of moein-shariatnia/OpenAI-CLIP: its loader, its padding, its loss."""
+    from rivals import Tutorial, TutorialRows
     from torch.utils.data import Subset
     from transformers import AutoModel
 
     from data import read_splits
     from models import CLIP, Tower, build_image_encoder, load_text_encoder, text_encoder_from_scratch
-    from rivals import Tutorial, TutorialRows
 
     config = training_config(options, pair)
     split = read_splits("data")["train"]

@@ -150,9 +150,9 @@ def open_clip(options: Namespace, lr: str, folder: Path) -> dict:
     """
     import open_clip as library
     from PIL import Image
+    from rivals import OPEN_CLIP_MODEL, describe_to_open_clip, train_open_clip, write_pairs
 
     from data import read_splits
-    from rivals import OPEN_CLIP_MODEL, describe_to_open_clip, train_open_clip, write_pairs
 
     os.chdir(folder)
     split = read_splits(options.data_dir)["train"]
@@ -200,10 +200,11 @@ def tutorial(options: Namespace, times: str, folder: Path) -> dict:
 
     The weights with the smallest such loss are scored, of the ends of epochs and of the minutes.
     """
+    from rivals import Tutorial, TutorialRows
+
     from config import Config, pick_device
     from data import read_splits, tokenize
     from models import CLIP, Tower, build_image_encoder, load_text_encoder
-    from rivals import Tutorial, TutorialRows
 
     pick_device("cpu")
     torch.manual_seed(0)

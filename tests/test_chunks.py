@@ -11,11 +11,6 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-
-import models
-import trainer
 from conftest import (
     CAPTIONS,
     CONFIG,
@@ -32,6 +27,11 @@ from conftest import (
     pictures,
     script,
 )
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import models
+import trainer
 from data import collate
 from models import CLIP, TokenGroups, contrastive_loss
 

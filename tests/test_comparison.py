@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from comparison import recalls, trainer_py
 from torch.nn.functional import normalize
 
-from comparison import recalls, trainer_py
 from inference import METRICS, retrieval_metrics
 
 RECALLS = [name for name in METRICS if not name.endswith("medr")]
@@ -35,7 +35,7 @@ def test_both_evaluators_give_the_same_recalls(tied: bool, seed: int):
 
 
 def test_weights_score_as_in_their_own_run(trained: Path, shapes: Path):
-    options = Namespace(data_dir=str(shapes), split="test")
+    options = Namespace(data_dir=str(shapes), split="test", image_size=32)
     row = trainer_py(options, str(trained / "best.pt"), Path())
     own = json.loads((trained / "test.json").read_text())
     assert [row[name] for name in RECALLS] == pytest.approx([own[name] for name in RECALLS])

@@ -5,9 +5,9 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
+from conftest import script
 
 from config import DEMO, Config, SearchConfig, parse
-from conftest import script
 from inference import main as search
 from trainer import main as train
 

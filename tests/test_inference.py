@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 import inference
 from config import UserError
-from conftest import script
 from inference import (
     METRICS,
     Match,

@@ -16,9 +16,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import ROOT, TIMES, TINY
 from torch import Tensor
 
-from conftest import ROOT, TIMES, TINY
 from trainer import main
 
 KILLS = int(os.environ.get("CLIP_KILLS", "4"))

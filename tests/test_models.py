@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from conftest import CAPTIONS, CONFIG, build, pictures, script
 from PIL import Image
 from timm.models import save_for_hf
 from tokenizers import Tokenizer
@@ -29,7 +30,6 @@ from transformers import (
 from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 
 from config import Config, UserError, write_whole
-from conftest import CAPTIONS, CONFIG, build, pictures, script
 from data import Transform, read_picture, stack, tokenize
 from models import (
     CLIP,

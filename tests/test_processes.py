@@ -17,13 +17,13 @@ import pandas as pd
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import CONFIG, FILES, STEPS, TINY, at_step, build, curve, farthest, names_in, pictures, script
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import config
 import trainer
 from config import Config, Process, UserError, parse
-from conftest import CONFIG, FILES, STEPS, TINY, at_step, build, curve, farthest, names_in, pictures, script
 from data import EpochBatches
 from inference import main as search
 from models import contrastive_loss, read_weights

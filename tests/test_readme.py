@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import timm
+from conftest import ROOT, TINY, script
 from timm.models._hub import save_for_hf
 from transformers import DistilBertConfig, DistilBertModel, PreTrainedTokenizerFast
 
 import inference
 import trainer
-from conftest import ROOT, TINY, script
 from models import word_pieces_of
 
 README = (ROOT / "README.md").read_text()

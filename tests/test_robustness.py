@@ -20,12 +20,12 @@ import pandas as pd
 import pytest
 import timm
 import torch
+from conftest import ROOT, TINY, script
 from PIL import Image
 
 import data
 import inference
 import trainer
-from conftest import ROOT, TINY, script
 from data import draw_shapes
 from inference import Searcher
 from inference import main as search
@@ -200,6 +200,7 @@ def test_an_interrupt_from_the_keyboard_ends_with_one_line_that_says_how_to_go_o
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which jobs in a shell's background ignore
     ) as process:
         while not (line := process.stdout.readline()).startswith("epoch 1 of"):
             assert line, process.stderr.read()

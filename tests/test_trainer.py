@@ -12,13 +12,13 @@ import pandas as pd
 import pytest
 import timm
 import torch
+from conftest import FILES, ROOT, STEPS, TINY, assert_same_tensors, at_step, curve, names_in, script, tensors
 from PIL import Image
 from torch import Tensor
 from transformers import DistilBertConfig, DistilBertModel, PreTrainedTokenizerFast
 
 import trainer
 from config import Config
-from conftest import FILES, ROOT, STEPS, TINY, assert_same_tensors, at_step, curve, names_in, script, tensors
 from data import read_splits
 from inference import evaluate
 from models import load_clip, read_weights, word_pieces_of
