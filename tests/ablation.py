@@ -12,13 +12,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from argparse import REMAINDER, ArgumentParser, Namespace
+from argparse import REMAINDER, Namespace
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from measuring import measuring_parser
 from torch import Tensor, nn
 
 ROOT = Path(__file__).parent.parent
@@ -130,10 +131,7 @@ def mean_of_weights(decay: float = 0.98) -> None:
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-dir", required=True, help="Flickr8k")
-    parser.add_argument("--image-encoder", required=True, help="timm folder of the pretrained image encoder")
-    parser.add_argument("--text-encoder", required=True, help="transformers folder of the pretrained text encoder")
+    parser = measuring_parser(__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", default=list(CHANGES), choices=CHANGES, help="some rows alone")
     parser.add_argument("--child", choices=CHANGES, help="(of the program itself) one run")
     parser.add_argument("--settings", nargs=REMAINDER, default=[], help="flags of trainer.py for every run; the last")
@@ -159,10 +157,8 @@ def run(options: Namespace) -> list[str]:
     flags = [*options.settings, *(own if isinstance(own, list) else [])]
     if callable(own):
         own()
-    folders = [str(Path(options.data_dir).absolute()), f"local-dir:{Path(options.image_encoder).absolute()}"]
-    folders += [str(Path(options.text_encoder).absolute())]
-    named = zip(("--data-dir", "--image-encoder", "--text-encoder"), folders)
-    config = parse(Config, [*(word for pair in named for word in pair), *flags])
+    encoders = ["--image-encoder", f"local-dir:{options.image_encoder}", "--text-encoder", options.text_encoder]
+    config = parse(Config, ["--data-dir", options.data_dir, *encoders, *flags])
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         training = trainer.prepare(config, None)

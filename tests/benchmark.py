@@ -18,10 +18,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
+
+from measuring import measuring_parser
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -39,16 +41,11 @@ def measurement(function: Callable) -> Callable:
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-dir", required=True, help="Flickr8k, of which some hundred pictures are used")
-    parser.add_argument("--image-encoder", required=True, help="timm folder of the small image encoder")
-    parser.add_argument("--text-encoder", required=True, help="transformers folder of the small text encoder")
+    parser = measuring_parser(__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", default=list(MEASUREMENTS), choices=MEASUREMENTS, help="some rows alone")
     parser.add_argument("--full", action="store_true", help="rank ten million vectors too: 10 GB on disk, 20 in memory")
     parser.add_argument("--child", nargs="+", help="(of the program itself) one measured process, and its arguments")
     options = parser.parse_args()
-    for name in ("data_dir", "image_encoder", "text_encoder"):
-        setattr(options, name, str(Path(getattr(options, name)).absolute()))
     if options.child:
         name, *arguments = options.child
         with redirect_stdout(sys.stderr):

@@ -7,7 +7,8 @@ python tests/comparison.py $DATA --minutes 45 --open-clip-lr 3e-4 --tutorial-tim
 python tests/comparison.py $DATA --weights runs/clip/best.pt --split test
 
 Rates are chosen on the dev split, which is the default. All are scored by `recalls`, which shares nothing with
-`inference.py`. Each run has a process of its own, and trains for the minutes, without loading, validating and saving.
+`inference.py`. Each run has a process of its own. The minutes are of training, without loading, validating and saving;
+open_clip's are an estimate from a short try, and each row says what they came to.
 """
 
 import json
@@ -17,37 +18,32 @@ import subprocess
 import sys
 import tempfile
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import torch
+from measuring import absolute, measuring_parser
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 K = (1, 5, 10)
 BATCH = 64  # open_clip's default
+CONTEXT = 48  # tokens; open_clip pads every caption to 77 by default, and Flickr8k's have 42 at most
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-dir", required=True, help="Flickr8k")
-    parser.add_argument("--image-encoder", required=True, help="timm folder of the pretrained image encoder")
-    parser.add_argument("--text-encoder", required=True, help="transformers folder of the pretrained text encoder")
+    parser = measuring_parser(__doc__.splitlines()[0])
     parser.add_argument("--image-size", type=int, default=224, help="side of the pictures, in pixels")
     parser.add_argument("--minutes", type=float, default=45, help="of training alone")
     parser.add_argument("--split", choices=("dev", "test"), default="dev", help="what is scored, at the end alone")
     parser.add_argument("--open-clip-lr", type=float, nargs="*", default=[], help="train with open_clip at each rate")
     parser.add_argument("--tutorial-times", type=float, nargs="*", default=[], help="the tutorial's rates times each")
-    parser.add_argument("--weights", nargs="*", default=[], help="score weights of trainer.py")
+    parser.add_argument("--weights", type=absolute, nargs="*", default=[], help="score weights of trainer.py")
     parser.add_argument("--child", nargs=2, help="(of the program itself) one run: its program and rate")
     options = parser.parse_args()
-    options.data_dir, options.image_encoder, options.text_encoder, *options.weights = (
-        str(Path(path).absolute())
-        for path in (options.data_dir, options.image_encoder, options.text_encoder, *options.weights)
-    )
     if options.child:
         program, setting = options.child
         with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
@@ -160,10 +156,7 @@ def open_clip(options: Namespace, lr: str, folder: Path) -> dict:
     random.Random(0).shuffle(pairs)
     describe_to_open_clip(f"local-dir:{options.image_encoder}", options.text_encoder, options.image_size)
     arguments = ["--batch-size", str(BATCH), "--workers", "4", "--pretrained-image"]
-    arguments += [
-        "--force-context-length",
-        "48",
-    ]  # not 77, to which every caption is padded: Flickr8k's have 42 at most
+    arguments += ["--force-context-length", str(CONTEXT)]
     statistics = pixel_statistics(options)
     for flag, values in zip(("--image-mean", "--image-std"), statistics.values()):
         arguments += [flag, *map(str, values)]
@@ -177,7 +170,7 @@ def open_clip(options: Namespace, lr: str, folder: Path) -> dict:
         OPEN_CLIP_MODEL, "logs/run/checkpoints/epoch_1.pt", image_mean=statistics["mean"], image_std=statistics["std"]
     )
     model.eval()
-    tokenizer = library.get_tokenizer(OPEN_CLIP_MODEL, context_length=48)
+    tokenizer = library.get_tokenizer(OPEN_CLIP_MODEL, context_length=CONTEXT)
     metrics = score(
         lambda paths: model.encode_image(torch.stack([preprocess(Image.open(path)) for path in paths])),
         lambda texts: model.encode_text(tokenizer(texts)),
