@@ -288,33 +288,37 @@ def read_picture(path: Path) -> np.ndarray:
 
 
 class Transform:
-    """Pictures (H, W, 3) at the encoder's size (S, S, 3), `uint8`. To evaluate, the square in the middle is taken;
-    to train, `draw` decides crop, brightness, contrast, saturation, and a mirror image where the caption allows it."""
+    """Pictures (H, W, 3) at the encoder's size (S, S, 3), `uint8`. To evaluate, the middle square is taken; to train,
+    `draw` decides square, crop, brightness, contrast, saturation, and a mirror image where the caption allows it."""
 
-    def __init__(self, image_size: int) -> None:
+    def __init__(self, size: int) -> None:
         # Imported here: a search over pictures that are already embedded needs none of it.
         os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # or it asks the network for its newest version
         import albumentations as A
         import cv2
 
         cv2.setNumThreads(0)  # its threads would not survive the fork into a loader worker
-        size = (image_size, image_size)
-        self.resize = A.Resize(*size, interpolation=cv2.INTER_AREA)  # which does not alias when it shrinks
-        crop = A.RandomResizedCrop(size, scale=(0.6, 1.0), ratio=(0.8, 1.25), interpolation=cv2.INTER_AREA)
+        self.resize = A.Resize(size, size, area_for_downscale="image")  # or fine patterns would alias
+        crop = A.RandomResizedCrop((size, size), (0.6, 1.0), ratio=(0.8, 1.25), area_for_downscale="image")
         jitter = A.ColorJitter(brightness=(0.7, 1.3), contrast=(0.7, 1.3), saturation=(0.7, 1.3), hue=(0, 0), p=0.8)
         self.augment = A.Compose([crop, jitter])
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
-        side = min(pixels.shape[:2])
-        top, left = ((length - side) // 2 for length in pixels.shape[:2])
-        return self.resize(image=pixels[top : top + side, left : left + side])["image"]
+        return self.resize(image=_square(pixels, 0.5))["image"]
 
     def draw(self, pixels: np.ndarray, caption: str, rng: np.random.Generator) -> np.ndarray:
         # Compose draws from a generator of its own, of which every loader worker has a copy: seed it each time.
         self.augment.set_random_seed(int(rng.integers(2**31)))
         if rng.random() < 0.5 and not re.search(r"\b(left|right)\b", caption, re.IGNORECASE):
-            pixels = np.ascontiguousarray(pixels[:, ::-1])
-        return self.augment(image=pixels)["image"]
+            pixels = pixels[:, ::-1]
+        return self.augment(image=np.ascontiguousarray(_square(pixels, rng.random())))["image"]
+
+
+def _square(pixels: np.ndarray, place: float) -> np.ndarray:
+    """The largest square of (H, W, 3), at a place from 0 (top or left) to 1, so that all pictures shrink alike."""
+    side = min(pixels.shape[:2])
+    top, left = (int(place * (length - side)) for length in pixels.shape[:2])
+    return pixels[top : top + side, left : left + side]
 
 
 class TrainingPictures(Dataset):

@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 
 from config import Config, SearchConfig, UserError, asked, one_line_errors, parse, pick_device, progress, write_whole
 from data import Split, Transform, list_pictures, loader, read_picture, read_splits, stack, tokenize
-from models import Tower, load_tower, read_weights
+from models import Tower, load_tower, read_weights, search_size
 
 RECALLS_AT = (1, 5, 10)
 SCORES_AT_ONCE = 2**24  # of a block of the ranking: 64 MB
@@ -39,8 +39,8 @@ METRICS = [f"{way}_{name}" for way in ("t2i", "i2t") for name in (*(f"r{k}" for 
 class _Readable(Dataset):
     """Pictures ready for the encoder, (S, S, 3) `uint8`; for one that cannot be read, the error."""
 
-    def __init__(self, paths: list[Path], image_size: int) -> None:
-        self.paths, self.transform = paths, Transform(image_size)
+    def __init__(self, paths: list[Path], size: int) -> None:
+        self.paths, self.transform = paths, Transform(size)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -54,17 +54,17 @@ class _Readable(Dataset):
 
 @torch.inference_mode()
 def embed_pictures(
-    encode_image: Callable[[Tensor], Tensor], paths: list[Path], config: Config, device: torch.device
+    image: Tower, paths: list[Path], config: Config, device: torch.device
 ) -> tuple[Tensor, dict[int, UserError]]:
     """Unit vectors (R, D) of the R readable ones of `paths`, in order, and what is wrong with each of the others."""
     # On the CPU the encoder needs every core, and forking off it now would have each of its gigabytes' pages copied.
     workers = 0 if device.type == "cpu" and config.num_workers < 0 else config.num_workers
-    batches = loader(_Readable(paths, config.image_size), workers, device, collate_fn=list, batch_size=64)
+    batches = loader(_Readable(paths, search_size(image, config)), workers, device, collate_fn=list, batch_size=64)
     embeddings, rows, broken = torch.empty(len(paths), config.projection_dim), 0, {}
     for items in progress(batches, "embedding pictures", leave=False):
         broken |= {rows + len(broken) + i: item for i, item in enumerate(items) if isinstance(item, UserError)}
         if readable := [item for item in items if isinstance(item, np.ndarray)]:
-            embeddings[rows : rows + len(readable)] = encode_image(stack(readable).to(device)).cpu()
+            embeddings[rows : rows + len(readable)] = image(stack(readable).to(device)).cpu()
             rows += len(readable)
     return embeddings[:rows], broken
 
@@ -215,7 +215,7 @@ class Searcher:
 
     def classify(self, image: str | Path, texts: list[str], n: int = 8) -> list[Match]:
         """The n most probable of `texts` for a picture: zero-shot classification, section 3.1 of the paper."""
-        pixels = stack([Transform(self.config.image_size)(read_picture(Path(image)))])
+        pixels = stack([Transform(search_size(self.image_tower, self.config))(read_picture(Path(image)))])
         with torch.inference_mode():
             embedding = self.image_tower(pixels.to(self.device)).cpu()
         text_embeddings = embed_texts(self.text_tower, self.tokenizer, texts, self.device)
@@ -231,8 +231,8 @@ class Searcher:
         paths = self._list(images)
         states = [_state(path) for path in paths]
         name = os.path.abspath(images or self.config.data_dir) + ("" if images else " test split")
-        folder, width = self.weights_path.with_suffix(".index"), self.config.projection_dim
-        index = _Index(folder, name, self.weights["fingerprint"], width)
+        folder = self.weights_path.with_suffix(".index")
+        index = _Index(folder, name, self.weights["fingerprint"], self.config.projection_dim)
         known, embeddings = index.read()
         if states == known:
             return paths, torch.from_numpy(embeddings)

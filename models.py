@@ -96,6 +96,12 @@ class Tower(nn.Module):
         return F.normalize(self.head(self.encoder(*inputs)).float(), dim=-1)
 
 
+def search_size(image: Tower, config: Config) -> int:
+    """Side in pixels of pictures to embed: training crops show things larger (FixRes, arXiv 1906.06423), so more."""
+    made_for_one_size = "img_size" in image.encoder.model._model_args  # such as a ViT
+    return config.image_size if made_for_one_size or not config.augment else round(config.image_size * 8 / 7)
+
+
 class CLIP(nn.Module):
     """The model of arXiv 2103.00020, section 2.3 and figure 3: two towers that meet in a dot product."""
 
@@ -157,7 +163,6 @@ def contrastive_loss(
 
     Takes unit vectors (B, D), of which the i-th of each belong together, and returns the mean of the two
     cross-entropies over the batch, in nats; with `rows` over those R pairs of it alone, the share of one process.
-    A model that knows nothing scores about ln(B).
     """
     matches = torch.arange(len(image_embeddings), device=image_embeddings.device)[rows]  # (R,)
     image_logits = logit_scale * image_embeddings[rows] @ text_embeddings.T  # (R, D) @ (D, B)
@@ -227,15 +232,13 @@ def text_encoder_from_scratch(config: Config, captions: list[str]) -> tuple[Text
     return TextEncoder(AutoModel.from_config(model_config)), tokenizer
 
 
-def word_pieces_of(captions: list[str], max_length: int) -> Tokenizer:
-    """BERT's kind of tokeniser for `captions`: their 30,000 most frequent words, and single letters for all others.
+def word_pieces_of(texts: list[str], max_length: int) -> Tokenizer:
+    """BERT's kind of tokeniser for `texts`: their 30,000 most frequent words, and single letters for all others.
 
     Not the library's trainer, which gives another vocabulary each time.
     """
     normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
-    words = Counter(
-        word for caption in captions for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(caption))
-    )
+    words = Counter(word for text in texts for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)))
     letters = sorted({letter for word in words for letter in word})
     frequent = sorted(words, key=lambda word: (-words[word], word))[:30_000]
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *letters, *(f"##{letter}" for letter in letters), *frequent]
@@ -284,9 +287,8 @@ def _quiet_hub() -> None:
 
 
 def _unavailable(flag: str, name: str, folder: str, error: Exception) -> UserError:
-    reason = textwrap.shorten(str(error), 150)
     way_out = f"Point to {folder} that holds it, start from random weights with --no-pretrained, or try --demo"
-    return UserError(f"{flag} {name}: cannot be loaded ({reason}). {way_out}")
+    return UserError(f"{flag} {name}: cannot be loaded ({textwrap.shorten(str(error), 150)}). {way_out}")
 
 
 # ---------------------------------------------------------------- weights

@@ -29,6 +29,7 @@ from data import (
     SIZES,
     SPLITS,
     Split,
+    Transform,
     draw_shapes,
     fetch_flickr8k,
     read_picture,
@@ -791,6 +792,25 @@ def test_a_mirror_image_is_never_drawn_where_the_caption_says_left_or_right(tmp_
     mirrored = Counter(caption for epoch in drawn for caption, pixels in epoch if is_mirrored(pixels))
     assert not set(mirrored) & set(sided)
     assert all(3 <= mirrored[caption] <= 22 for caption in plain[::3]), mirrored
+
+
+def test_a_long_picture_is_trained_on_square_by_square_from_one_end_to_the_other(tmp_path: Path):
+    ramp = np.tile(np.linspace(0, 255, 800).astype(np.uint8)[:, None], (40, 1, 3))  # darkest at its left end
+    split = Split([saved(tmp_path, "ramp.png", Image.fromarray(ramp))] * 40, [["a dog on the left"]] * 40)
+    (drawn,) = draws(split, batch_size=40)
+    means, spans = zip(*((pixels.double().mean(), np.ptp(pixels.numpy())) for _, pixels in drawn))
+    assert min(means) < 64
+    assert max(means) > 192
+    assert max(spans) < 255 * 40 / 800 * 1.3 * 1.3 + 2  # of a square; contrast and brightness may rise
+
+
+@pytest.mark.parametrize("side", [8, 200])
+def test_pictures_are_enlarged_and_shrunk_smoothly(side: int):
+    stripes = np.tile(np.array([0, 0, 255, 255], np.uint8)[None, :, None], (side, side // 4, 3))
+    shown = Transform(32)(stripes)
+    assert len(np.unique(shown)) > 2
+    if side > 32:
+        assert np.ptp(shown.astype(int)[1:-1, 1:-1]) < 100  # two pixels wide, they are nearly grey
 
 
 def test_augmentation_changes_no_colour_into_another(tmp_path: Path):

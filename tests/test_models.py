@@ -42,6 +42,7 @@ from models import (
     load_text_encoder,
     pack_weights,
     read_weights,
+    search_size,
     text_encoder_from_scratch,
     word_pieces_of,
 )
@@ -331,12 +332,28 @@ def test_a_weights_file_alone_rebuilds_the_model_in_a_new_process_without_a_netw
     done = script("inference.py", "--weights", file.name, *asked, cwd=workplace, network=False)
     assert done.returncode == 0, done.stderr
     (index,) = (workplace / "w.index").glob("*.npy")
-    views = stack([Transform(64)(read_picture(path)) for path in sorted((workplace / "mine").iterdir())])
+    size = search_size(model.image, config)
+    views = stack([Transform(size)(read_picture(path)) for path in sorted((workplace / "mine").iterdir())])
     with torch.no_grad():
         expected = model.encode_image(views)
         best = (model.encode_text(*tokenize(tokenizer, CAPTIONS[1:2])) @ expected.T).max().item()
     torch.testing.assert_close(torch.from_numpy(np.load(index)), expected, rtol=0, atol=1e-5)
     assert f"   1  {best:6.3f}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("encoder", "augment", "size"),
+    [
+        ("test_resnet", True, 256),  # crops of 0.6 to 1 of a picture, at 224, show things larger by an eighth
+        ("test_resnet", False, 224),
+        ("test_vit", True, 224),  # takes one size only
+    ],
+)
+def test_pictures_are_embedded_as_much_larger_as_training_crops_show_things(encoder: str, augment: bool, size: int):
+    config = replace(CONFIG, image_encoder=encoder, image_size=224, augment=augment)
+    model, _ = build(config)
+    assert search_size(model.image, config) == size
+    assert model.encode_image(pictures(replace(config, image_size=size))).shape == (4, CONFIG.projection_dim)
 
 
 class Hostile:
