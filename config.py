@@ -29,6 +29,8 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 FLICKR8K_URL = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k/"
+NUM_WORKERS = "processes that read pictures ahead of the model; 0 reads in the loop; -1: 4, and to embed on the CPU 0"
+DEVICE = "auto: cuda where there is one, else mps, else cpu; or a name such as cuda:1"
 
 
 class UserError(Exception):
@@ -53,10 +55,7 @@ class Config:
     image_size: int = HfArg(default=224, help="side of the square pictures, in pixels; what the encoders saw before")
     max_length: int = HfArg(default=64, help="longer captions are cut, in tokens; Flickr8k's are up to 42 long")
     augment: bool = HfArg(default=True, help="crop, mirror and recolour training pictures, so that few go further")
-    num_workers: int = HfArg(
-        default=-1,
-        help="processes that read pictures ahead of the model; 0 reads in the loop; -1: 4, and to embed on the CPU 0",
-    )
+    num_workers: int = HfArg(default=-1, help=NUM_WORKERS)
     # model
     image_encoder: str = HfArg(
         default="resnet50", help="any timm model, or local-dir:FOLDER as timm saves one; ResNet-50 as in the paper"
@@ -94,8 +93,11 @@ class Config:
     # the run
     name: str = HfArg(default="clip", help="the run is kept in runs/NAME")
     seed: int = HfArg(default=0, help="start of every random draw: the same seed gives the same run")
-    device: str = HfArg(
-        default="auto", help="auto: cuda where there is one, else mps, else cpu; or a name such as cuda:1"
+    device: str = HfArg(default="auto", help=DEVICE)
+    precision: str = HfArg(
+        default="auto",
+        help="of the encoders in training: float32, or bfloat16, in which a CPU that has it (lscpu) takes half the "
+        "time; auto: bfloat16 on CUDA, or float16 where that lacks it, else float32",
     )
     demo: bool = HfArg(default=False, help="draw a small data set and train small encoders on it: two CPU minutes")
     resume: str = HfArg(default="", help="go on from this last.pt, with its settings; may start on another machine")
@@ -124,6 +126,8 @@ class Config:
             clip_norm=(1e-6, 1e6),
             seed=(0, 2**32 - 1),
         )
+        if self.precision not in ("auto", "float32", "bfloat16"):
+            raise ValueError(f"argument --precision: {self.precision!r}, but it is auto, float32 or bfloat16")
         if self.chunk_size == 1:
             raise ValueError("argument --chunk-size: 1, but batch norm needs two pictures at least; or 0 for all")
         if self.name in ("", ".", "..") or "/" in self.name or "\\" in self.name:
@@ -168,13 +172,8 @@ class SearchConfig:
         default="matches.png", help="by its ending a picture (.png, .jpg, .pdf, .svg) or a table (.csv)"
     )
     evaluate: bool = HfArg(default=False, help="print the recalls on the data set's test split instead")
-    num_workers: int = HfArg(
-        default=-1,
-        help="processes that read pictures ahead of the model; 0 reads in the loop; -1: 4, and to embed on the CPU 0",
-    )
-    device: str = HfArg(
-        default="auto", help="auto: cuda where there is one, else mps, else cpu; or a name such as cuda:1"
-    )
+    num_workers: int = HfArg(default=-1, help=NUM_WORKERS)
+    device: str = HfArg(default="auto", help=DEVICE)
 
     def __post_init__(self) -> None:
         _require_ranges(self, n=(1, 1_000_000), num_workers=(-1, 256))
@@ -303,15 +302,17 @@ class Process:
     """The process that trains: its device, its precision, and which it is of how many (torchrun's rank and world)."""
 
     device: torch.device
-    precision: torch.dtype  # of the encoders: bf16 on CUDA that has it in hardware, else fp16; float32 elsewhere
+    precision: torch.dtype  # of the encoders
     rank: int  # the first, 0, speaks for all, validates and writes
     count: int
 
     @classmethod
-    def join(cls, device_name: str) -> "Process":
+    def join(cls, config: Config) -> "Process":
         """Joins those that torchrun started. A plain `python trainer.py` is 0 of 1: no process group is made."""
-        device, precision = pick_device(device_name), torch.float32
-        if device.type == "cuda":
+        device, precision = pick_device(config.device), torch.float32
+        if config.precision != "auto":
+            precision = getattr(torch, config.precision)
+        elif device.type == "cuda":
             hardware = torch.cuda.is_bf16_supported(including_emulation=False)
             precision = torch.bfloat16 if hardware else torch.float16
         if not dist.is_torchelastic_launched():

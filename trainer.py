@@ -179,7 +179,7 @@ def read_losses(run: Run, losses: list[Tensor], first_step: int) -> list[float]:
 def prepare(config: Config, checkpoint: dict[str, Any] | None) -> Run:
     """Everything of a run, ready for its next epoch."""
     folder = Path("runs") / config.name
-    process = Process.join(config.device)
+    process = Process.join(config)
     rows = process.rows(config.batch_size)
     if process.rank == 0:
         check_folder(folder, config, checkpoint)
@@ -228,6 +228,9 @@ def prepare_model_and_data(
         tensors = list(tower.encoder.parameters())  # from the input to the output
         for tensor in tensors[: round(share * len(tensors)) if config.pretrained else 0]:
             tensor.requires_grad_(False)
+    for module in model.image.modules():  # in bf16 on a CPU the gradients of such kernels take five times as long
+        if isinstance(module, nn.Conv2d) and module.groups > 1 and module.weight.requires_grad:
+            module.forward = torch.amp.custom_fwd(module.forward, device_type="cpu", cast_inputs=torch.float32)
     return model, tokenizer, splits
 
 
@@ -327,8 +330,7 @@ def open_folder(run: Run, resumed: bool) -> None:
 
 def finish_epoch(run: Run, loss: float, seconds: float) -> None:
     """Validates, and writes the epoch's row and weights."""
-    epoch = len(run.history) + 1
-    metrics = validate(run.model, run, "dev")
+    epoch, metrics = len(run.history) + 1, validate(run.model, run, "dev")
     speed, lr = len(run.loader) * run.config.batch_size / seconds, run.optimizer.param_groups[-1]["lr"]
     row = {"epoch": epoch, "seconds": seconds, "pairs_per_second": speed, "lr": lr, "train_loss": loss}
     run.history.append(row | metrics)
@@ -341,8 +343,7 @@ def finish_epoch(run: Run, loss: float, seconds: float) -> None:
 
 def report(run: Run) -> None:
     """`metrics.csv` with a row an epoch, and `curves.png`."""
-    columns = ["epoch", "seconds", "pairs_per_second", "lr", "train_loss", *METRICS]
-    table = pd.DataFrame(run.history, columns=columns)
+    table = pd.DataFrame(run.history, columns=["epoch", "seconds", "pairs_per_second", "lr", "train_loss", *METRICS])
     write_whole(run.folder / "metrics.csv", lambda file: table.to_csv(file, index=False))
     if len(table):
         figure = draw_curves(table, math.log(run.config.batch_size), best_epoch(run.history))
@@ -360,14 +361,13 @@ def draw_curves(table: pd.DataFrame, chance: float, best: int) -> Figure:
     loss, *ways = figure.subplots(1, 3)
     loss.plot(table["epoch"], table["train_loss"], marker=".", label="training")
     loss.axhline(chance, color="gray", linestyle=":", label="chance, ln(batch)")
-    loss.set(title="contrastive loss", ylabel="nats", ylim=(0, None))
+    loss.set(title="contrastive loss", xlabel="epoch", ylabel="nats", ylim=(0, None))
     for axes, way, title in zip(ways, ("t2i", "i2t"), ("text to image", "image to text")):
         for k in RECALLS_AT:
             axes.plot(table["epoch"], table[f"{way}_r{k}"], marker=".", label=f"R@{k}")
-        axes.set(title=f"{title}, dev split", ylabel="recall, %", ylim=(0, 102))
+        axes.set(title=f"{title}, dev split", xlabel="epoch", ylabel="recall, %", ylim=(0, 102))
     for axes in (loss, *ways):
         axes.axvline(best, color="black", linewidth=0.8, linestyle="--", label=f"best epoch, {best}")
-        axes.set_xlabel("epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)

@@ -179,6 +179,7 @@ def test_a_query_may_be_repeated(given: list[str]):
         (["--image-lr", "inf"], ["--image-lr", "0.0 to 1.0"]),
         (["--num-workers", "-2"], ["--num-workers", "-1 to"]),
         (["--seed", "-1"], ["--seed", "0 to"]),
+        (["--precision", "half"], ["--precision", "half", "bfloat16"]),
         (["--name", "../elsewhere"], ["--name", "folder"]),
         (["--name", ""], ["--name", "folder"]),
         (["--demo", "perhaps"], ["--demo", "yes/no", "perhaps"]),

@@ -57,7 +57,7 @@ def copies(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def five_steps_of_each(cases: str, *flags: str) -> None:
     """What torchrun starts: all cases after one another, each process's into a file of its own."""
-    process = Process.join("cpu")
+    process = Process.join(Config(device="cpu"))
     Process.join = lambda _: process
     for case in cases.split():
         if case == "local":  # without what the other processes have, the last of the cases

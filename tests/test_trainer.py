@@ -95,6 +95,20 @@ def test_without_a_network_or_a_cache_the_first_line_of_the_readme_says_what_to_
     assert not (workplace / "runs").exists()
 
 
+def test_training_in_bfloat16_learns_on_a_cpu_too(workplace):
+    flags = "--image-size 32 --batch-size 64 --epochs 1 --num-workers 0 --device cpu --precision bfloat16"
+    depthwise = "mobilenetv3_small_050"  # of which some kernels are computed in float32
+    done = script("trainer.py", "--demo", "--image-encoder", depthwise, *flags.split(), cwd=workplace, network=False)
+    assert done.returncode == 0, done.stderr
+    assert "device: cpu, bfloat16" in done.stdout
+    table = pd.read_csv(workplace / "runs/demo/metrics.csv")
+    assert table["train_loss"][0] < 4.1  # chance: 4.159
+    assert {tensor.dtype for tensor in tensors(workplace / "runs/demo/best.pt").values()} <= {
+        torch.float32,
+        torch.int64,
+    }
+
+
 # ---------------------------------------------------------------- the folder of a run
 
 
