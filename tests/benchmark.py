@@ -201,7 +201,7 @@ def open_clip(options: Namespace, pair: str, steps: str) -> dict[str, float]:
     describe_to_open_clip(image, text, size)
     rows = Path("data/pairs.csv").read_text().splitlines()[: 1 + int(steps) * batch]
     Path("some_pairs.csv").write_text("\n".join(rows))
-    arguments = ["--batch-size", str(batch), "--workers", "4", "--logs", "none"]
+    arguments = ["--batch-size", str(batch), "--workers", "4", "--logs", "none", "--precision", "fp32"]
     return {"open_clip": statistics.median(train_open_clip(Path("some_pairs.csv"), *arguments)[2:])}
 
 
@@ -390,7 +390,8 @@ def embed(options: Namespace, encoder: str, size: str, pictures: str) -> dict[st
     from models import ImageEncoder, Tower
 
     device = pick_device("cpu")
-    config = Config(image_size=int(size), num_workers=SearchConfig("").num_workers)
+    # Without augmentation pictures are embedded at the very size.
+    config = Config(image_size=int(size), augment=False, num_workers=SearchConfig("").num_workers)
     tower = Tower(ImageEncoder(encoder, int(size)), config).eval().to(memory_format=torch.channels_last)
     paths = read_splits(options.data_dir)["train"].paths[: int(pictures)]
     transform = Transform(int(size))

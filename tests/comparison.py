@@ -120,10 +120,11 @@ def trainer_py(options: Namespace, weights_path: str, folder: Path) -> dict:
     import pandas as pd
 
     from data import Transform, read_picture, stack, tokenize
-    from models import load_clip, read_weights
+    from models import load_clip, read_weights, search_size
 
     weights = read_weights(weights_path)
-    config, model, transform = weights["config"], load_clip(weights), Transform(options.image_size)
+    config, model = weights["config"], load_clip(weights)
+    transform = Transform(search_size(model.image, config))
     if config.image_size != options.image_size:
         sys.exit(f"{weights_path}: trained at {config.image_size} px; give --image-size {config.image_size}")
     metrics = score(
@@ -141,8 +142,8 @@ def trainer_py(options: Namespace, weights_path: str, folder: Path) -> dict:
 def open_clip(options: Namespace, lr: str, folder: Path) -> dict:
     """open_clip's own program with its usual batch: AdamW, warmup over a tenth, a cosine to 0, batch norm trained.
 
-    Every caption is a pair of its own. The program makes whole passes over a table, so a short try tells how many rows,
-    from the first again after the last, fill the minutes.
+    Every caption is a pair of its own. The program makes whole passes over a table, so short tries tell the faster
+    precision, and how many rows, from the first again after the last, fill the minutes.
     """
     import open_clip as library
     from PIL import Image
@@ -161,7 +162,11 @@ def open_clip(options: Namespace, lr: str, folder: Path) -> dict:
     for flag, values in zip(("--image-mean", "--image-std"), statistics.values()):
         arguments += [flag, *map(str, values)]
     write_pairs(pairs[: 12 * BATCH], Path("try.csv"))
-    speed = np.median(train_open_clip(Path("try.csv"), *arguments, "--logs", "none")[4:])
+    speed, precision = max(
+        (np.median(train_open_clip(Path("try.csv"), *arguments, "--precision", each, "--logs", "none")[4:]), each)
+        for each in ("fp32", "amp_bf16")
+    )
+    arguments += ["--precision", precision]
     steps = max(10, round(60 * options.minutes * speed / BATCH))
     write_pairs((pairs * (1 + steps * BATCH // len(pairs)))[: steps * BATCH], Path("pairs.csv"))
     rate = ["--lr", lr, "--warmup", str(steps // 10), "--logs", "logs", "--name", "run"]
@@ -177,7 +182,8 @@ def open_clip(options: Namespace, lr: str, folder: Path) -> dict:
         options.data_dir,
         options.split,
     )
-    return {"rate": lr, "pairs": steps * BATCH, "minutes": sum(BATCH / each for each in speeds) / 60, **metrics}
+    minutes = sum(BATCH / each for each in speeds) / 60
+    return {"rate": f"{lr}, {precision}", "pairs": steps * BATCH, "minutes": minutes, **metrics}
 
 
 def pixel_statistics(options: Namespace) -> dict[str, tuple[float, ...]]:

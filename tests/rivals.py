@@ -52,7 +52,7 @@ def train_open_clip(table: Path, *arguments: str) -> list[float]:
     kept = Kept()
     logging.getLogger().addHandler(kept)
     keys = ["--csv-img-key", "filepath", "--csv-caption-key", "title", "--csv-separator", ",", "--dataset-type", "csv"]
-    options = ["--epochs", "1", "--precision", "fp32", "--log-every-n-steps", "1", "--device", "cpu"]
+    options = ["--epochs", "1", "--log-every-n-steps", "1", "--device", "cpu"]
     try:
         main(["--model", OPEN_CLIP_MODEL, "--train-data", str(table), *keys, *options, *arguments])
     finally:
