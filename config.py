@@ -52,7 +52,7 @@ class Config:
         help="folder with pictures and captions; README shows both layouts. The default one is fetched when absent",
     )
     download_url: str = HfArg(default=FLICKR8K_URL, help="where the two Flickr8k archives are fetched from")
-    image_size: int = HfArg(default=224, help="side of the square pictures, in pixels; what the encoders saw before")
+    image_size: int = HfArg(default=224, help="side of training pictures, in pixels; what the encoders saw before")
     max_length: int = HfArg(default=64, help="longer captions are cut, in tokens; Flickr8k's are up to 42 long")
     augment: bool = HfArg(default=True, help="crop, mirror and recolour training pictures, so that few go further")
     num_workers: int = HfArg(default=-1, help=NUM_WORKERS)
