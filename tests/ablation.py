@@ -25,6 +25,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import data  # noqa: E402
 import models  # noqa: E402
 import trainer  # noqa: E402
 from config import Config, parse  # noqa: E402
@@ -36,6 +37,7 @@ CHANGES: dict[str, list[str] | Callable[[], None]] = {  # settings, or what repl
     "image encoder frozen": ["--freeze-image-encoder", "1"],
     "text encoder frozen": ["--freeze-text-encoder", "1"],
     "no augmentation": ["--no-augment"],
+    "256 px": ["--image-size", "256"],
     "encoders' rates x 2": ["--image-lr", str(2 * Config.image_lr), "--text-lr", str(2 * Config.text_lr)],
     "encoders' rates / 2": ["--image-lr", str(Config.image_lr / 2), "--text-lr", str(Config.text_lr / 2)],
     "batch 64": ["--batch-size", "64"],
@@ -55,6 +57,15 @@ def change(name: str) -> Callable:
         return function
 
     return keep
+
+
+@change("crops of 0.6 to 1 of a picture")
+def large_crops(whole: Callable = data.Transform.__init__) -> None:
+    def init(self: data.Transform, size: int) -> None:
+        whole(self, size)
+        self.augment.transforms[0].scale = (0.6, 1.0)
+
+    data.Transform.__init__ = init
 
 
 @change("linear heads")
@@ -109,7 +120,7 @@ def hardest_negatives(honest: Callable = models.contrastive_loss) -> None:
 
 
 @change("mean of weights")
-def mean_of_weights(decay: float = 0.98) -> None:
+def mean_of_weights(decay: float = 0.99) -> None:
     """An exponential mean of the weights over the steps is scored in their place."""
     means: dict[str, Tensor] = {}
     step, validate = trainer.train_step, trainer.validate

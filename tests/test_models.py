@@ -344,7 +344,7 @@ def test_a_weights_file_alone_rebuilds_the_model_in_a_new_process_without_a_netw
 @pytest.mark.parametrize(
     ("encoder", "augment", "size"),
     [
-        ("test_resnet", True, 256),  # crops of 0.6 to 1 of a picture, at 224, show things larger by an eighth
+        ("test_resnet", True, 256),  # training crops show things larger
         ("test_resnet", False, 224),
         ("test_vit", True, 224),  # takes one size only
     ],
