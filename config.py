@@ -302,7 +302,7 @@ class Process:
     """The process that trains: its device, its precision, and which it is of how many (torchrun's rank and world)."""
 
     device: torch.device
-    precision: torch.dtype  # of the encoders
+    precision: torch.dtype  # of the encoders in training
     rank: int  # the first, 0, speaks for all, validates and writes
     count: int
 

@@ -298,7 +298,7 @@ class Transform:
         import cv2
 
         cv2.setNumThreads(0)  # its threads would not survive the fork into a loader worker
-        self.resize = A.Resize(size, size, area_for_downscale="image")  # or fine patterns would alias
+        self.resize = A.Resize(size, size, area_for_downscale="image")  # averages to shrink, lest patterns alias
         crop = A.RandomResizedCrop((size, size), (0.35, 1.0), ratio=(0.8, 1.25), area_for_downscale="image")
         jitter = A.ColorJitter(brightness=(0.7, 1.3), contrast=(0.7, 1.3), saturation=(0.7, 1.3), hue=(0, 0), p=0.8)
         self.augment = A.Compose([crop, jitter])

@@ -97,7 +97,7 @@ class Tower(nn.Module):
 
 
 def search_size(image: Tower, config: Config) -> int:
-    """Side in pixels of pictures to embed: training crops show things larger (FixRes, arXiv 1906.06423), so more."""
+    """Side in pixels of pictures to embed: larger, as training crops enlarge what they show (arXiv 1906.06423)."""
     made_for_one_size = "img_size" in image.encoder.model._model_args  # such as a ViT
     return config.image_size if made_for_one_size or not config.augment else round(config.image_size * 8 / 7)
 

@@ -116,7 +116,8 @@ def score(
 
 
 def trainer_py(options: Namespace, weights_path: str, folder: Path) -> dict:
-    """Weights that `trainer.py` has trained, of its best epoch on the dev split; minutes are those of `metrics.csv`."""
+    """Weights that `trainer.py` has trained, of its best epoch on the dev split, pictures embedded as it does; minutes
+    are those of `metrics.csv`."""
     import pandas as pd
 
     from data import Transform, read_picture, stack, tokenize

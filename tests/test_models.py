@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import pickletools
 import re
 import shutil
 import zipfile
@@ -390,8 +391,13 @@ def test_what_is_not_a_weights_file_is_refused_in_one_line_and_never_run(write, 
 
 
 def test_the_hostile_file_would_do_harm_if_it_were_unpickled_carelessly(workplace: Path) -> None:
-    Path("w.pt").write_bytes(pickle.dumps(Hostile()))
-    pickle.loads(Path("w.pt").read_bytes())
+    """Shown without unpickling: the file names a call and its argument, and that call does the harm."""
+    operations = [(operation.name, argument) for operation, argument, _ in pickletools.genops(pickle.dumps(Hostile()))]
+    call, arguments = Hostile().__reduce__()
+    named = [argument for name, argument in operations if name == "SHORT_BINUNICODE"]
+    assert named == [call.__module__, call.__name__, *arguments]
+    assert "REDUCE" in dict(operations)  # upon which whoever unpickles it makes the call
+    call(*arguments)
     assert (workplace / "planted").exists()
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import DistilBertConfig, DistilBertModel, PreTrainedTokenizerFast
 
 import trainer
-from config import Config
+from config import Config, parse
 from data import read_splits
 from inference import evaluate
 from models import load_clip, read_weights, word_pieces_of
@@ -103,10 +103,21 @@ def test_training_in_bfloat16_learns_on_a_cpu_too(workplace):
     assert "device: cpu, bfloat16" in done.stdout
     table = pd.read_csv(workplace / "runs/demo/metrics.csv")
     assert table["train_loss"][0] < 4.1  # chance: 4.159
-    assert {tensor.dtype for tensor in tensors(workplace / "runs/demo/best.pt").values()} <= {
-        torch.float32,
-        torch.int64,
-    }
+    kinds = {tensor.dtype for tensor in tensors(workplace / "runs/demo/best.pt").values()}
+    assert kinds <= {torch.float32, torch.int64}
+
+
+def test_depthwise_kernels_alone_are_computed_in_float32_then(workplace, shapes):
+    flags = ["--demo", *SMALL, "--data-dir", str(shapes), "--image-encoder", "mobilenetv3_small_050"]
+    image = trainer.prepare(parse(Config, flags), None).model.image
+    kinds: dict[bool, set] = {True: set(), False: set()}
+    for module in image.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            depthwise = module.groups == module.in_channels
+            module.register_forward_hook(lambda _, inputs, output, kind=kinds[depthwise]: kind.add(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        image(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+    assert kinds == {True: {torch.float32}, False: {torch.bfloat16}}
 
 
 # ---------------------------------------------------------------- the folder of a run
