@@ -33,8 +33,10 @@ from inference import RECALLS_AT  # noqa: E402
 
 CHANGES: dict[str, list[str] | Callable[[], None]] = {  # settings, or what replaces a part of the program
     "recipe": [],
-    "no layer frozen": ["--freeze-image-encoder", "0", "--freeze-text-encoder", "0"],
+    "no layer frozen": ["--freeze-image-encoder", "0"],
+    "a quarter of the image encoder frozen": ["--freeze-image-encoder", "0.25"],
     "image encoder frozen": ["--freeze-image-encoder", "1"],
+    "half of the text encoder frozen": ["--freeze-text-encoder", "0.5"],
     "text encoder frozen": ["--freeze-text-encoder", "1"],
     "no augmentation": ["--no-augment"],
     "256 px": ["--image-size", "256"],
@@ -97,10 +99,8 @@ def batch_statistics() -> None:
 @change("label smoothing 0.1")
 def label_smoothing() -> None:
     def loss(images: Tensor, texts: Tensor, logit_scale: Tensor, rows: slice = slice(None)) -> Tensor:
-        matches, logits = (
-            torch.arange(len(images), device=images.device),
-            logit_scale * images @ texts.T,
-        )  # (B, D) @ (D, B)
+        logits = logit_scale * images @ texts.T  # (B, D) @ (D, B)
+        matches = torch.arange(len(images), device=images.device)
         return sum(F.cross_entropy(each, matches, label_smoothing=0.1) for each in (logits, logits.T)) / 2
 
     trainer.contrastive_loss = loss
