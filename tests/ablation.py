@@ -33,7 +33,7 @@ from inference import RECALLS_AT  # noqa: E402
 
 CHANGES: dict[str, list[str] | Callable[[], None]] = {  # settings, or what replaces a part of the program
     "recipe": [],
-    "no layer frozen": ["--freeze-image-encoder", "0"],
+    "none of the image encoder frozen": ["--freeze-image-encoder", "0"],
     "a quarter of the image encoder frozen": ["--freeze-image-encoder", "0.25"],
     "image encoder frozen": ["--freeze-image-encoder", "1"],
     "half of the text encoder frozen": ["--freeze-text-encoder", "0.5"],

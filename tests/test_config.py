@@ -27,7 +27,7 @@ def test_training_defaults_are_the_real_thing():
     assert config.download_url == "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k/"
     assert (config.image_encoder, config.text_encoder) == ("resnet50", "distilbert-base-uncased")
     assert config.pretrained and not config.demo and not config.resume
-    assert config.freeze_image_encoder < 1 and config.freeze_text_encoder < 1
+    assert (config.freeze_image_encoder, config.freeze_text_encoder) == (0.5, 0.0)
     assert (config.image_size, config.projection_dim) == (224, 256)
     assert config.temperature == 0.07
     assert config.head_lr > config.image_lr and config.head_lr > config.text_lr
