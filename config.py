@@ -69,7 +69,7 @@ class Config:
         default=0.5,
         help="share of a pretrained image encoder, in tensors from the pixels on, that stays, for speed; 1: all",
     )
-    freeze_text_encoder: float = HfArg(default=0.0, help="the same of a text encoder, from its words on; 0: learning whole pays")
+    freeze_text_encoder: float = HfArg(default=0.0, help="the same of a text encoder; 0, as all of it pays (README)")
     text_layers: int = HfArg(default=0, help="layers of a text encoder from scratch; 0: as its architecture has")
     text_width: int = HfArg(default=0, help="width of a text encoder from scratch; 0: as its architecture has")
     projection_dim: int = HfArg(default=256, help="width of the space that pictures and texts share")
