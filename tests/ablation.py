@@ -17,9 +17,11 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from measuring import measuring_parser
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 ROOT = Path(__file__).parent.parent
@@ -31,6 +33,12 @@ import trainer  # noqa: E402
 from config import Config, parse  # noqa: E402
 from inference import RECALLS_AT  # noqa: E402
 
+
+def rates(times: float, *names: str) -> list[str]:
+    """Settings that multiply the learning rates of these names."""
+    return [part for name in names for part in (f"--{name.replace('_', '-')}", str(times * getattr(Config, name)))]
+
+
 CHANGES: dict[str, list[str] | Callable[[], None]] = {  # settings, or what replaces a part of the program
     "recipe": [],
     "none of the image encoder frozen": ["--freeze-image-encoder", "0"],
@@ -40,10 +48,11 @@ CHANGES: dict[str, list[str] | Callable[[], None]] = {  # settings, or what repl
     "text encoder frozen": ["--freeze-text-encoder", "1"],
     "no augmentation": ["--no-augment"],
     "256 px": ["--image-size", "256"],
-    "encoders' rates x 2": ["--image-lr", str(2 * Config.image_lr), "--text-lr", str(2 * Config.text_lr)],
-    "encoders' rates / 2": ["--image-lr", str(Config.image_lr / 2), "--text-lr", str(Config.text_lr / 2)],
+    "encoders' rates x 2": rates(2, "image_lr", "text_lr"),
+    "encoders' rates / 2": rates(0.5, "image_lr", "text_lr"),
     "batch 64": ["--batch-size", "64"],
     "batch 256": ["--batch-size", "256"],
+    "batch 256, rates x 1.4": ["--batch-size", "256", *rates(1.4, "image_lr", "text_lr", "head_lr")],
     "dropout 0.3": ["--dropout", "0.3"],
     "projection 512": ["--projection-dim", "512"],
     "temperature 0.05": ["--temperature", "0.05"],
@@ -94,6 +103,30 @@ def first_token() -> None:
 @change("batch statistics trained")
 def batch_statistics() -> None:
     trainer.training_mode = lambda model, config: model.train()
+
+
+@change("two captions a picture")
+def two_captions(loss: Callable = models.contrastive_loss, collate: Callable = data.collate) -> None:
+    """Both for the same pixels: two sums of the loss, each with one caption of every picture."""
+
+    def draw(self: data.TrainingPictures, epoch_and_picture: tuple[int, int]) -> tuple[np.ndarray, list[str]]:
+        epoch, picture = epoch_and_picture
+        rng = np.random.default_rng((self.seed, epoch, picture))
+        captions = rng.permutation(self.split.captions[picture])[:2].tolist()
+        pixels = data.read_picture(self.split.paths[picture])
+        # A caption with "left" or "right" forbids the mirror, here to both.
+        return self.transform.draw(pixels, " ".join(captions), rng), captions
+
+    def collate_both(items: list[tuple[np.ndarray, list[str]]], tokenizer: Tokenizer, chunk_size: int) -> tuple:
+        items = sorted(items, key=lambda item: len(item[1][0]))  # as collate leaves them
+        pixels, groups = collate([(pixels, first) for pixels, (first, _) in items], tokenizer, chunk_size)
+        return pixels, [*groups, data.tokenize(tokenizer, [second for _, (_, second) in items])]
+
+    def mean_loss(images: Tensor, texts: Tensor, logit_scale: Tensor, rows: slice = slice(None)) -> Tensor:
+        return sum(loss(images, captions, logit_scale) for captions in texts.chunk(2)) / 2
+
+    data.TrainingPictures.__getitem__, data.collate = draw, collate_both
+    trainer.contrastive_loss = mean_loss
 
 
 @change("label smoothing 0.1")
