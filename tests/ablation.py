@@ -51,7 +51,6 @@ CHANGES: dict[str, list[str] | Callable[[], None]] = {  # settings, or what repl
     "encoders' rates x 2": rates(2, "image_lr", "text_lr"),
     "encoders' rates / 2": rates(0.5, "image_lr", "text_lr"),
     "batch 64": ["--batch-size", "64"],
-    "batch 256": ["--batch-size", "256"],
     "batch 256, rates x 1.4": ["--batch-size", "256", *rates(1.4, "image_lr", "text_lr", "head_lr")],
     "dropout 0.3": ["--dropout", "0.3"],
     "projection 512": ["--projection-dim", "512"],
@@ -107,7 +106,7 @@ def batch_statistics() -> None:
 
 @change("two captions a picture")
 def two_captions(loss: Callable = models.contrastive_loss, collate: Callable = data.collate) -> None:
-    """Both for the same pixels: two sums of the loss, each with one caption of every picture."""
+    """The mean of two losses over the same pixels: texts come as (2B, D), first captions before second ones."""
 
     def draw(self: data.TrainingPictures, epoch_and_picture: tuple[int, int]) -> tuple[np.ndarray, list[str]]:
         epoch, picture = epoch_and_picture
@@ -118,9 +117,9 @@ def two_captions(loss: Callable = models.contrastive_loss, collate: Callable = d
         return self.transform.draw(pixels, " ".join(captions), rng), captions
 
     def collate_both(items: list[tuple[np.ndarray, list[str]]], tokenizer: Tokenizer, chunk_size: int) -> tuple:
-        items = sorted(items, key=lambda item: len(item[1][0]))  # as collate leaves them
-        pixels, groups = collate([(pixels, first) for pixels, (first, _) in items], tokenizer, chunk_size)
-        return pixels, [*groups, data.tokenize(tokenizer, [second for _, (_, second) in items])]
+        items = sorted(items, key=lambda item: len(item[1][0]))  # as `collate` orders the first captions
+        batch, groups = collate([(pixels, first) for pixels, (first, _) in items], tokenizer, chunk_size)
+        return batch, [*groups, data.tokenize(tokenizer, [second for _, (_, second) in items])]
 
     def mean_loss(images: Tensor, texts: Tensor, logit_scale: Tensor, rows: slice = slice(None)) -> Tensor:
         return sum(loss(images, captions, logit_scale) for captions in texts.chunk(2)) / 2
