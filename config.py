@@ -96,8 +96,8 @@ class Config:
     device: str = HfArg(default="auto", help=DEVICE)
     precision: str = HfArg(
         default="auto",
-        help="of the encoders in training: float32, or bfloat16, in which a CPU that has it (lscpu) takes half the "
-        "time; auto: bfloat16 on CUDA, or float16 where that lacks it, else float32",
+        help="of the encoders in training: float32, or bfloat16, in which some CPUs take half the time (README); "
+        "auto: bfloat16 on CUDA, or float16 where that lacks it, else float32",
     )
     demo: bool = HfArg(default=False, help="draw a small data set and train small encoders on it: two CPU minutes")
     resume: str = HfArg(default="", help="go on from this last.pt, with its settings; may start on another machine")
@@ -377,7 +377,7 @@ def keep_freed_memory() -> None:
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no allocation gets pages of its own
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: freed pages are not handed back
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: freed pages are never handed back
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
