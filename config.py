@@ -58,11 +58,11 @@ class Config:
     num_workers: int = HfArg(default=-1, help=NUM_WORKERS)
     # model
     image_encoder: str = HfArg(
-        default="resnet50", help="any timm model, or local-dir:FOLDER as timm saves one; ResNet-50 as in the paper"
+        default="resnet50", help="a timm model, or local-dir:FOLDER as timm saves one; ResNet-50 as in the paper"
     )
     text_encoder: str = HfArg(
         default="distilbert-base-uncased",
-        help="any transformers text encoder, by name or folder; DistilBERT is BERT at half the cost",
+        help="a transformers text encoder, by name or folder; DistilBERT is BERT at half the cost",
     )
     pretrained: bool = HfArg(default=True, help="start from pretrained encoders: few pairs cannot teach what they know")
     freeze_image_encoder: float = HfArg(
@@ -82,7 +82,7 @@ class Config:
     )
     chunk_size: int = HfArg(
         default=0,
-        help="pairs of a process whose activations are in memory at a time, for larger batches; a third slower; 0: all",
+        help="pairs of a process whose activations are in memory at a time, for larger batches; a fifth slower; 0: all",
     )
     image_lr: float = HfArg(default=2e-4, help="peak learning rate of the image encoder: pretrained, so slow")
     text_lr: float = HfArg(default=1e-4, help="peak learning rate of the text encoder: pretrained, so slow")

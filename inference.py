@@ -30,6 +30,7 @@ from models import Tower, load_tower, read_weights, search_size
 
 RECALLS_AT = (1, 5, 10)
 SCORES_AT_ONCE = 2**24  # of a block of the ranking: 64 MB
+EMBEDDED = "at 9/7 "  # how pictures are; an index of another way is made anew
 METRICS = [f"{way}_{name}" for way in ("t2i", "i2t") for name in (*(f"r{k}" for k in RECALLS_AT), "medr")]
 
 
@@ -228,11 +229,13 @@ class Searcher:
 
         What can be reused is decided picture by picture, by path, size and time of change.
         """
-        paths = self._list(images)
+        paths = list_pictures(Path(images)) if images else self.test_split().paths
+        if not paths:
+            raise UserError(f"--images {images}: not a folder that holds pictures")
         states = [_state(path) for path in paths]
         name = os.path.abspath(images or self.config.data_dir) + ("" if images else " test split")
         folder = self.weights_path.with_suffix(".index")
-        index = _Index(folder, name, self.weights["fingerprint"], self.config.projection_dim)
+        index = _Index(folder, name, EMBEDDED + self.weights["fingerprint"], self.config.projection_dim)
         known, embeddings = index.read()
         if states == known:
             return paths, torch.from_numpy(embeddings)
@@ -251,13 +254,10 @@ class Searcher:
             index.write([states[i] for i in kept], embeddings)
         return [paths[i] for i in kept], torch.from_numpy(embeddings)
 
-    def _list(self, images: str) -> list[Path]:
-        if images:
-            if paths := list_pictures(Path(images)):
-                return paths
-            raise UserError(f"--images {images}: not a folder that holds pictures")
+    def test_split(self) -> Split:
+        """That of the data set that the weights were trained on."""
         if Path(self.config.data_dir).is_dir():
-            return read_splits(self.config.data_dir)["test"].paths
+            return read_splits(self.config.data_dir)["test"]
         raise UserError(f"{self.config.data_dir}, where the weights were trained, is not here; give --images")
 
 
@@ -386,10 +386,10 @@ def main(argv: list[str] | None = None) -> None:
     config = parse(SearchConfig, argv)
     searcher = Searcher(config.weights, config.device, config.num_workers)
     if config.evaluate:
-        split, towers = read_splits(searcher.config.data_dir)["test"], (searcher.image_tower, searcher.text_tower)
+        split, towers = searcher.test_split(), (searcher.image_tower, searcher.text_tower)
         print(describe(evaluate(*towers, searcher.tokenizer, split, searcher.config, searcher.device)))
     elif config.image:
-        texts = config.query or read_splits(searcher.config.data_dir)["test"].texts
+        texts = asked(config) or searcher.test_split().texts
         show([searcher.classify(config.image, texts, config.n)], Path(config.output), of_picture=True)
     else:
         queries = asked(config) or [searcher.weights["example_query"]]

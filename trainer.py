@@ -178,8 +178,7 @@ def read_losses(run: Run, losses: list[Tensor], first_step: int) -> list[float]:
 
 def prepare(config: Config, checkpoint: dict[str, Any] | None) -> Run:
     """Everything of a run, ready for its next epoch."""
-    folder = Path("runs") / config.name
-    process = Process.join(config)
+    folder, process = Path("runs") / config.name, Process.join(config)
     rows = process.rows(config.batch_size)
     if process.rank == 0:
         check_folder(folder, config, checkpoint)
@@ -194,7 +193,8 @@ def prepare(config: Config, checkpoint: dict[str, Any] | None) -> Run:
     run = Run(config, folder, process, model, replica, tokenizer, splits, loader, optimizer, schedule, scaler, [])
     if checkpoint:
         for part in ("optimizer", "schedule", "scaler"):
-            getattr(run, part).load_state_dict(checkpoint[part])
+            if state := checkpoint[part]:  # a scaler's is empty in a run whose precision needed none
+                getattr(run, part).load_state_dict(state)
         run.history += checkpoint["history"]
     return run
 

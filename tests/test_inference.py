@@ -372,6 +372,16 @@ def test_a_torn_or_tampered_index_is_made_anew_and_said(
     assert embedded == []
 
 
+def test_an_index_of_pictures_that_were_embedded_another_way_is_made_anew(
+    weights: Path, pictures: Path, embedded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched(weights, pictures)
+    embedded.clear()
+    monkeypatch.setattr(inference, "EMBEDDED", "at 8/7 ")
+    searched(weights, pictures)
+    assert len(embedded) == 10
+
+
 def test_a_place_where_no_index_can_be_kept_is_searched_all_the_same(
     weights: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -565,6 +575,25 @@ def test_a_dash_reads_the_queries_from_standard_input(
     printed = capsys.readouterr().out
     assert len(rows_of(printed)) == 4
     assert all(f"\n{query}\n" in printed for query in QUERIES)
+
+
+def test_a_dash_reads_the_texts_for_a_picture_too(
+    weights: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(QUERIES)))
+    main(["--weights", str(weights), "--image", str(next(pictures.glob("*.png"))), "--query", "-", *FLAGS])
+    assert sorted(text for _, _, text in rows_of(capsys.readouterr().out)) == sorted(QUERIES)
+
+
+@pytest.mark.parametrize("asked", [[], ["--evaluate"], ["--image", "picture.png"]])
+def test_weights_that_have_left_their_data_say_so_in_one_line(
+    asked: list[str], weights: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (far := pictures.parent / "far/away").mkdir(parents=True)
+    shutil.copy(next(pictures.glob("*.png")), far / "picture.png")
+    monkeypatch.chdir(far)
+    with pytest.raises(SystemExit, match=r"^error: \S+, where the weights were trained, is not here"):
+        main(["--weights", str(weights), *asked, *FLAGS])
 
 
 def test_the_command_opens_no_display(weights: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -309,6 +309,15 @@ def test_a_resumed_run_may_have_other_data_folder_device_and_workers(trained, wo
     assert (workplace / "runs/demo/test.json").read_text() == (trained / "test.json").read_text()
 
 
+def test_a_run_begun_without_a_scaler_goes_on_with_one(stopped, workplace, shapes, monkeypatch):
+    shutil.copytree(stopped.folder / "runs", workplace / "runs")
+    made, honest = [], torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: made.append(honest(device)) or made[0])
+    main(["--resume", "runs/demo/last.pt", "--data-dir", str(shapes)])
+    assert len(curve(workplace / "runs/demo")) == 3
+    assert read_weights("runs/demo/last.pt")["scaler"] == made[0].state_dict()
+
+
 def test_best_pt_is_not_to_be_resumed_from(trained, workplace):
     message = last_words("--resume", trained / "best.pt")
     assert "best.pt" in message
