@@ -97,9 +97,10 @@ class Tower(nn.Module):
 
 
 def search_size(image: Tower, config: Config) -> int:
-    """Side in pixels of pictures to embed: larger, as training crops enlarge what they show (arXiv 1906.06423)."""
-    made_for_one_size = "img_size" in image.encoder.model._model_args  # such as a ViT
-    return config.image_size if made_for_one_size or not config.augment else round(config.image_size * 8 / 7)
+    """Side in pixels of pictures to embed: larger, as training crops enlarge what they show (arXiv 1906.06423), and a
+    multiple of 32, as most encoders halve it five times."""
+    fixed = "img_size" in image.encoder.model._model_args  # made for one size, such as a ViT
+    return config.image_size if fixed or not config.augment else 32 * round(config.image_size * 9 / 7 / 32)
 
 
 class CLIP(nn.Module):
@@ -233,10 +234,8 @@ def text_encoder_from_scratch(config: Config, captions: list[str]) -> tuple[Text
 
 
 def word_pieces_of(texts: list[str], max_length: int) -> Tokenizer:
-    """BERT's kind of tokeniser for `texts`: their 30,000 most frequent words, and single letters for all others.
-
-    Not the library's trainer, which gives another vocabulary each time.
-    """
+    """BERT's kind of tokeniser for `texts`: their 30,000 most frequent words, and single letters for all others. Not
+    the library's trainer, which gives another vocabulary each time."""
     normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
     words = Counter(word for text in texts for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)))
     letters = sorted({letter for word in words for letter in word})

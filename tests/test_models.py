@@ -343,15 +343,20 @@ def test_a_weights_file_alone_rebuilds_the_model_in_a_new_process_without_a_netw
 
 
 @pytest.mark.parametrize(
-    ("encoder", "augment", "size"),
+    ("encoder", "image_size", "augment", "size"),
     [
-        ("test_resnet", True, 256),  # training crops show things larger
-        ("test_resnet", False, 224),
-        ("test_vit", True, 224),  # takes one size only
+        ("test_resnet", 224, True, 288),  # training crops show things larger
+        ("test_resnet", 128, True, 160),
+        ("test_resnet", 200, True, 256),
+        ("test_resnet", 32, True, 32),
+        ("test_resnet", 200, False, 200),
+        ("test_vit", 224, True, 224),  # takes one size only
     ],
 )
-def test_pictures_are_embedded_as_much_larger_as_training_crops_show_things(encoder: str, augment: bool, size: int):
-    config = replace(CONFIG, image_encoder=encoder, image_size=224, augment=augment)
+def test_pictures_are_embedded_larger_than_training_crops_at_a_size_that_can_be_halved_five_times(
+    encoder: str, image_size: int, augment: bool, size: int
+):
+    config = replace(CONFIG, image_encoder=encoder, image_size=image_size, augment=augment)
     model, _ = build(config)
     assert search_size(model.image, config) == size
     assert model.encode_image(pictures(replace(config, image_size=size))).shape == (4, CONFIG.projection_dim)
