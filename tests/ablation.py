@@ -28,10 +28,10 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
+import inference  # noqa: E402
 import models  # noqa: E402
 import trainer  # noqa: E402
 from config import Config, parse  # noqa: E402
-from inference import RECALLS_AT  # noqa: E402
 
 
 def rates(times: float, *names: str) -> list[str]:
@@ -76,6 +76,32 @@ def large_crops(whole: Callable = data.Transform.__init__) -> None:
         self.augment.transforms[0].scale = (0.6, 1.0)
 
     data.Transform.__init__ = init
+
+
+@change("embedded at the size of training")
+def embedded_no_larger() -> None:
+    inference.search_size = lambda image, config: config.image_size
+
+
+@change("words hidden, 0.15")
+def hidden_words() -> None:
+    """BERT's [MASK] in the place of a word of the drawn caption, with this chance."""
+
+    class WithHiddenWords(data.TrainingPictures):
+        def __getitem__(self, epoch_and_picture: tuple[int, int]) -> tuple[np.ndarray, str]:
+            pixels, caption = super().__getitem__(epoch_and_picture)
+            rng = np.random.default_rng((self.seed, *epoch_and_picture, 1))
+            return pixels, " ".join("[MASK]" if rng.random() < 0.15 else word for word in caption.split())
+
+    data.TrainingPictures = WithHiddenWords
+
+
+@change("average and maximum pooled")
+def both_pooled(whole: Callable = models.ImageEncoder.__init__) -> None:
+    def init(self: models.ImageEncoder, *arguments: object, **options: object) -> None:
+        whole(self, *arguments, **{**options, "global_pool": "catavgmax"})
+
+    models.ImageEncoder.__init__ = init
 
 
 @change("linear heads")
@@ -126,6 +152,19 @@ def two_captions(loss: Callable = models.contrastive_loss, collate: Callable = d
 
     data.TrainingPictures.__getitem__, data.collate = draw, collate_both
     trainer.contrastive_loss = mean_loss
+
+
+@change("half of the targets soft")
+def soft_targets() -> None:
+    """The tutorial's idea, for half of a target: who resembles a picture or its caption is right in part."""
+
+    def loss(images: Tensor, texts: Tensor, logit_scale: Tensor, rows: slice = slice(None)) -> Tensor:
+        logits = logit_scale * images @ texts.T  # (B, D) @ (D, B)
+        alike = (images @ images.T + texts @ texts.T).detach() / 2  # (B, D) @ (D, B)
+        targets = ((logit_scale.detach() * alike).softmax(dim=1) + torch.eye(len(images), device=images.device)) / 2
+        return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+
+    trainer.contrastive_loss = loss
 
 
 @change("label smoothing 0.1")
@@ -210,7 +249,7 @@ def run(options: Namespace) -> list[str]:
             loss = trainer.train_epoch(training, epoch)
         minutes = (time.perf_counter() - started) / 60
         metrics = trainer.validate(training.model, training, "dev")
-    ways = [" / ".join(f"{metrics[f'{way}_r{k}']:.1f}" for k in RECALLS_AT) for way in ("t2i", "i2t")]
+    ways = [" / ".join(f"{metrics[f'{way}_r{k}']:.1f}" for k in inference.RECALLS_AT) for way in ("t2i", "i2t")]
     mean = sum(metrics[name] for name in trainer.RECALLS) / len(trainer.RECALLS)
     pairs = config.epochs * len(training.loader) * config.batch_size
     return [f"{pairs:,}", f"{minutes:.1f}", f"{loss:.2f}", *ways, f"{mean:.1f}"]
