@@ -26,11 +26,10 @@ from torch.utils.data import Dataset
 
 from config import Config, SearchConfig, UserError, asked, one_line_errors, parse, pick_device, progress, write_whole
 from data import Split, Transform, list_pictures, loader, read_picture, read_splits, stack, tokenize
-from models import Tower, load_tower, read_weights, search_size
+from models import SEARCH_SCALE, Tower, load_tower, read_weights, search_size
 
 RECALLS_AT = (1, 5, 10)
 SCORES_AT_ONCE = 2**24  # of a block of the ranking: 64 MB
-EMBEDDED = "at 9/7 "  # how pictures are; an index of another way is made anew
 METRICS = [f"{way}_{name}" for way in ("t2i", "i2t") for name in (*(f"r{k}" for k in RECALLS_AT), "medr")]
 
 
@@ -235,7 +234,8 @@ class Searcher:
         states = [_state(path) for path in paths]
         name = os.path.abspath(images or self.config.data_dir) + ("" if images else " test split")
         folder = self.weights_path.with_suffix(".index")
-        index = _Index(folder, name, EMBEDDED + self.weights["fingerprint"], self.config.projection_dim)
+        maker = f"{self.weights['fingerprint']} at {SEARCH_SCALE:.3f}"  # of pictures at another scale nothing is kept
+        index = _Index(folder, name, maker, self.config.projection_dim)
         known, embeddings = index.read()
         if states == known:
             return paths, torch.from_numpy(embeddings)
@@ -255,7 +255,7 @@ class Searcher:
         return [paths[i] for i in kept], torch.from_numpy(embeddings)
 
     def test_split(self) -> Split:
-        """That of the data set that the weights were trained on."""
+        """That of the data set that the weights were trained on; raises `UserError` where it is not here."""
         if Path(self.config.data_dir).is_dir():
             return read_splits(self.config.data_dir)["test"]
         raise UserError(f"{self.config.data_dir}, where the weights were trained, is not here; give --images")

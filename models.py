@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from config import Config, UserError
 
 MAX_LOGIT_SCALE = 100.0  # section 2.4: "clipped to prevent scaling the logits by more than 100"
+SEARCH_SCALE = 9 / 7  # side of embedded pictures over that of training's (README, Results)
 FORMAT = "clip weights 1"
 TokenGroups = list[tuple[Tensor, Tensor]]  # captions some at a time: token ids and mask, both (b, T)
 IMAGE_ENCODER_ARGS = {"num_classes", "in_chans", "global_pool", "img_size"}  # all that a weights file may ask of timm
@@ -100,7 +101,7 @@ def search_size(image: Tower, config: Config) -> int:
     """Side in pixels of pictures to embed: larger, as training crops enlarge what they show (arXiv 1906.06423), and a
     multiple of 32, as most encoders halve it five times."""
     fixed = "img_size" in image.encoder.model._model_args  # made for one size, such as a ViT
-    return config.image_size if fixed or not config.augment else 32 * round(config.image_size * 9 / 7 / 32)
+    return config.image_size if fixed or not config.augment else 32 * round(config.image_size * SEARCH_SCALE / 32)
 
 
 class CLIP(nn.Module):

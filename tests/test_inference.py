@@ -377,7 +377,7 @@ def test_an_index_of_pictures_that_were_embedded_another_way_is_made_anew(
 ) -> None:
     searched(weights, pictures)
     embedded.clear()
-    monkeypatch.setattr(inference, "EMBEDDED", "at 8/7 ")
+    monkeypatch.setattr(inference, "SEARCH_SCALE", 8 / 7)
     searched(weights, pictures)
     assert len(embedded) == 10
 
