@@ -8,6 +8,7 @@ What stands after `--settings` goes to every run, to shorten them all. Each has 
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,7 @@ from argparse import REMAINDER, Namespace
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -102,6 +104,33 @@ def both_pooled(whole: Callable = models.ImageEncoder.__init__) -> None:
         whole(self, *arguments, **{**options, "global_pool": "catavgmax"})
 
     models.ImageEncoder.__init__ = init
+
+
+@change("layers of the image encoder skipped, 0.1")
+def skipped_layers(whole: Callable = models.ImageEncoder.__init__) -> None:
+    """Stochastic depth (arXiv 1603.09382), rising to this chance at the last layer."""
+
+    def init(self: models.ImageEncoder, *arguments: object, **options: object) -> None:
+        whole(self, *arguments, **{**options, "drop_path_rate": 0.1})
+
+    models.ImageEncoder.__init__ = init
+    models.IMAGE_ENCODER_ARGS.add("drop_path_rate")
+
+
+@change("text rates x 0.8 a layer, from the last to the first")
+def rates_by_layer(whole: Callable = trainer.parameter_groups) -> None:
+    def groups(model: models.CLIP, config: Config) -> list[dict[str, Any]]:
+        below = {}  # how many layers a tensor of the text encoder has above it
+        for name, tensor in model.text.encoder.named_parameters():
+            layer = re.search(r"layer\.(\d+)\.", name)
+            below[tensor] = model.text.encoder.model.config.num_hidden_layers - (int(layer[1]) + 1 if layer else 0)
+        return [
+            {**group, "params": [tensor], "lr": group["lr"] * 0.8 ** below.get(tensor, 0)}
+            for group in whole(model, config)
+            for tensor in group["params"]
+        ]
+
+    trainer.parameter_groups = groups
 
 
 @change("linear heads")
