@@ -29,7 +29,8 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 FLICKR8K_URL = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k/"
-NUM_WORKERS = "processes that read pictures ahead of the model; 0 reads in the loop; -1: 4, and to embed on the CPU 0"
+NUM_WORKERS = "processes that read ahead of the model; 0: none; -1: a core each, 4 to 16; on the CPU 4, to embed 0"
+READER = "DataLoader worker"  # so torch calls it in its errors
 DEVICE = "auto: cuda where there is one, else mps, else cpu; or a name such as cuda:1"
 
 
@@ -37,7 +38,7 @@ class UserError(Exception):
     """What the user can put right; `one_line_errors` prints it without a traceback."""
 
     def __init__(self, message: str):
-        if message.startswith("Caught UserError in DataLoader worker"):  # inside its traceback, as the last line
+        if message.startswith(f"Caught UserError in {READER}"):  # inside its traceback, as the last line
             message = message.strip().splitlines()[-1].removeprefix("config.UserError: ")
         super().__init__(" ".join(message.splitlines()))
 
@@ -251,10 +252,10 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
             main(argv)
         except UserError as error:
             sys.exit(f"error: {error}")
-        except RuntimeError as error:
+        except (RuntimeError, ConnectionResetError, ConnectionRefusedError) as error:
             if dist.is_initialized() and re.search("gloo|NCCL", str(error)):
                 sys.exit(f"error: this process cannot go on without the others: {str(error).splitlines()[0]}")
-            if "DataLoader worker" not in str(error):
+            if READER not in str(error) and not isinstance(error, ConnectionError):  # whose last batch is lost
                 raise
             sys.exit(f"error: a process that reads pictures died, try --num-workers 0: {' '.join(str(error).split())}")
         except (KeyboardInterrupt, EOFError):
@@ -313,8 +314,7 @@ class Process:
         if config.precision != "auto":
             precision = getattr(torch, config.precision)
         elif device.type == "cuda":
-            hardware = torch.cuda.is_bf16_supported(including_emulation=False)
-            precision = torch.bfloat16 if hardware else torch.float16
+            precision = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
         if not dist.is_torchelastic_launched():
             return cls(device, precision, rank=0, count=1)
         # Hours, as the others wait while the first fetches data or validates; of a death torchrun tells the others.
@@ -390,9 +390,10 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             os.fsync(file.fileno())
         beside.replace(path)
     except (OSError, RuntimeError) as error:
-        if isinstance(error.__context__, KeyboardInterrupt):  # torch wraps that too
-            raise error.__context__ from None
-        reason = getattr(error.__context__ or error, "strerror", None) or error  # torch wraps that of a full disk
+        cause = error.__context__ or error  # torch wraps what it meets
+        if isinstance(cause, KeyboardInterrupt) or READER in str(cause):  # neither is about the file
+            raise cause from None
+        reason = getattr(cause, "strerror", None) or error
         raise UserError(f"{path}: could not be written, what was there stands: {reason}") from None
     finally:
         with suppress(OSError):

@@ -32,7 +32,7 @@ from config import Config, UserError, progress
 
 SPLITS = ("train", "dev", "test")
 ARCHIVES = ("Flickr8k_Dataset.zip", "Flickr8k_text.zip")
-TEXT_GROUPS = 4  # of a batch's captions, each padded to its own longest
+TEXT_GROUPS = 4  # of a batch's captions on the CPU, each padded to its own longest; a GPU would wait for its kernels
 Row = tuple[str, str, str]  # of a caption file: where it stands there, the picture's name, the caption
 
 
@@ -367,21 +367,22 @@ def tokenize(tokenizer: Tokenizer, texts: list[str]) -> tuple[torch.Tensor, torc
     return torch.tensor([e.ids for e in encodings]), torch.tensor([e.attention_mask for e in encodings])
 
 
-def collate(items: list[tuple[np.ndarray, str]], tokenizer: Tokenizer, chunk_size: int) -> tuple[torch.Tensor, list]:
+def collate(items: list[tuple[np.ndarray, str]], tokenizer: Tokenizer, group_size: int) -> tuple[torch.Tensor, list]:
     """Items of `TrainingPictures` to one batch: pixels, and token ids and mask of each group of captions.
 
     The pairs come by the length of their captions, and a group is padded to its own longest: of a batch padded as a
     whole half would be padding. The loss does not depend on the order of pairs.
     """
     pictures, captions = zip(*sorted(items, key=lambda item: len(item[1])))
-    size = min(math.ceil(len(items) / TEXT_GROUPS), chunk_size or len(items))
-    starts = range(0, len(items), size)
-    return stack(pictures), [tokenize(tokenizer, list(captions[start : start + size])) for start in starts]
+    starts = range(0, len(items), group_size)
+    return stack(pictures), [tokenize(tokenizer, list(captions[start : start + group_size])) for start in starts]
 
 
 def loader(dataset: Dataset, workers: int, device: torch.device, collate_fn: Callable, **options: Any) -> DataLoader:
-    """A `DataLoader` that leaves torch's own generator alone, which dropout draws from; -1 worker is four."""
-    workers = 4 if workers < 0 else workers
+    """A `DataLoader` that leaves torch's own generator alone, which dropout draws from; -1 worker as `NUM_WORKERS`."""
+    if workers < 0:
+        cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of each of torchrun's processes
+        workers = 4 if device.type == "cpu" else max(4, min(cores, 16))
     warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores do no harm here
     options |= {"pin_memory": device.type == "cuda", "persistent_workers": workers > 0, "generator": torch.Generator()}
     return DataLoader(dataset, num_workers=workers, collate_fn=collate_fn, **options)
@@ -391,10 +392,8 @@ def training_loader(
     split: Split, tokenizer: Tokenizer, config: Config, device: torch.device, rows: slice = slice(None)
 ) -> DataLoader:
     """Batches for one epoch after another, or of each batch the `rows`; set `batch_sampler.epoch` before each."""
-    return loader(
-        TrainingPictures(split, config),
-        config.num_workers,
-        device,
-        partial(collate, tokenizer=tokenizer, chunk_size=config.chunk_size),
-        batch_sampler=EpochBatches(len(split.paths), config.batch_size, config.seed, rows),
-    )
+    own = len(range(config.batch_size)[rows])  # pairs of a batch
+    group_size = min(math.ceil(own / TEXT_GROUPS) if device.type == "cpu" else own, config.chunk_size or own)
+    make_batch = partial(collate, tokenizer=tokenizer, group_size=group_size)
+    batches = EpochBatches(len(split.paths), config.batch_size, config.seed, rows)
+    return loader(TrainingPictures(split, config), config.num_workers, device, make_batch, batch_sampler=batches)

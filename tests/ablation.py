@@ -171,9 +171,9 @@ def two_captions(loss: Callable = models.contrastive_loss, collate: Callable = d
         # A caption with "left" or "right" forbids the mirror, here to both.
         return self.transform.draw(pixels, " ".join(captions), rng), captions
 
-    def collate_both(items: list[tuple[np.ndarray, list[str]]], tokenizer: Tokenizer, chunk_size: int) -> tuple:
+    def collate_both(items: list[tuple[np.ndarray, list[str]]], tokenizer: Tokenizer, group_size: int) -> tuple:
         items = sorted(items, key=lambda item: len(item[1][0]))  # as `collate` orders the first captions
-        batch, groups = collate([(pixels, first) for pixels, (first, _) in items], tokenizer, chunk_size)
+        batch, groups = collate([(pixels, first) for pixels, (first, _) in items], tokenizer, group_size)
         return batch, [*groups, data.tokenize(tokenizer, [second for _, (_, second) in items])]
 
     def mean_loss(images: Tensor, texts: Tensor, logit_scale: Tensor, rows: slice = slice(None)) -> Tensor:

@@ -52,7 +52,7 @@ def batch_of(tokenizer, chunk_size: int) -> Batch:
     """Ten pairs as the training loader gives them."""
     captions = [" ".join([CAPTIONS[i % 4]] * (1 + i // 4)) for i in range(BATCH)]
     pixels = pictures(CONFIG, count=BATCH).permute(0, 2, 3, 1).numpy()
-    return collate(list(zip(pixels, captions)), tokenizer, chunk_size)
+    return collate(list(zip(pixels, captions)), tokenizer, min(3, chunk_size or BATCH))
 
 
 def gradients(model: CLIP, embeddings_and_scale: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:

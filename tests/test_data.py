@@ -878,6 +878,14 @@ def test_captions_come_in_four_groups_of_a_chunk_at_most_each_padded_to_its_own_
     assert len(lengths) > 3
 
 
+@pytest.mark.parametrize(("chunk_size", "sizes"), [(0, [14]), (4, [4, 4, 4, 2])])
+def test_for_a_gpu_they_come_in_one_group_or_in_chunks(noisy: Split, chunk_size: int, sizes: list[int]):
+    config = Config(image_size=32, batch_size=14, chunk_size=chunk_size, num_workers=0)
+    loader = training_loader(noisy, tokenizer_of(noisy), config, torch.device("cuda"))
+    _, groups = loader.collate_fn([loader.dataset[0, i] for i in range(14)])
+    assert [len(ids) for ids, _ in groups] == sizes
+
+
 def test_the_pairs_of_a_batch_come_by_the_length_of_their_captions(noisy: Split):
     for batch_size in (4, 14):
         (epoch,) = draws(noisy, batch_size=batch_size)
@@ -893,9 +901,22 @@ def test_captions_and_pixels_are_the_same_with_chunks_of_any_size(noisy: Split, 
 
 
 @pytest.mark.parametrize(
-    ("asked", "device", "workers"), [(-1, "cpu", 4), (-1, "cuda", 4), (0, "cuda", 0), (2, "cpu", 2)]
+    ("asked", "device", "cores", "of_torchrun", "workers"),
+    [
+        (-1, "cpu", 64, 1, 4),
+        (-1, "cuda", 2, 1, 4),
+        (-1, "cuda", 12, 1, 12),
+        (-1, "cuda", 64, 1, 16),
+        (-1, "cuda", 64, 8, 8),
+        (0, "cuda", 64, 1, 0),
+        (2, "cpu", 64, 1, 2),
+    ],
 )
-def test_training_reads_with_four_processes_unless_told_otherwise(noisy: Split, asked: int, device: str, workers: int):
+def test_training_reads_with_four_processes_or_with_each_core_for_a_gpu_unless_told_otherwise(
+    noisy: Split, monkeypatch, asked: int, device: str, cores: int, of_torchrun: int, workers: int
+):
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(of_torchrun))
     config = Config(image_size=32, batch_size=4, num_workers=asked)
     loader = training_loader(noisy, tokenizer_of(noisy), config, torch.device(device))
     assert (loader.num_workers, loader.persistent_workers) == (workers, workers > 0)

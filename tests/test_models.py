@@ -1,11 +1,13 @@
 """The model is CLIP as the paper has it, and a weights file alone brings it back: whole, anywhere, and harmlessly."""
 
+import io
 import os
 import pickle
 import pickletools
 import re
 import shutil
 import zipfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -463,6 +465,18 @@ def test_writing_that_fails_midway_leaves_what_was_there(error: BaseException, t
     (tmp_path / "w.pt").write_text("former")
     with pytest.raises((UserError, KeyboardInterrupt)):
         write_whole(tmp_path / "w.pt", write)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"w.pt": "former"}
+
+
+@pytest.mark.parametrize("save", [lambda file: file.write(b"new"), lambda file: torch.save(torch.ones(9), file)])
+def test_a_reader_that_dies_while_weights_are_written_is_not_blamed_on_the_file(save: Callable, tmp_path: Path) -> None:
+    class Interrupted(io.BytesIO):
+        def write(self, content: bytes) -> int:
+            raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    (tmp_path / "w.pt").write_text("former")
+    with pytest.raises(RuntimeError, match=r"^DataLoader worker"):
+        write_whole(tmp_path / "w.pt", lambda file: save(Interrupted()))
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"w.pt": "former"}
 
 

@@ -20,7 +20,7 @@ import pandas as pd
 import pytest
 import timm
 import torch
-from conftest import ROOT, TINY, script
+from conftest import ROOT, TINY, at_step, script
 from PIL import Image
 
 import data
@@ -177,6 +177,16 @@ def test_a_loader_worker_that_dies_ends_training_with_one_line_and_nothing_lost(
     assert "--num-workers 0" in message
     assert epochs_in(Path("runs/demo/last.pt")) == 1
     assert_goes_on_as_if_nothing_had_been(workplace / "runs/demo", trained)
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset by peer"), ConnectionRefusedError(111, "refused")])
+def test_a_batch_whose_worker_died_before_it_was_fetched_is_one_line(
+    error: ConnectionError, workplace: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "contrastive_loss", at_step(2, error))
+    message = last_words(train, *TINY, "--data-dir", shapes)
+    assert "died" in message
+    assert "--num-workers 0" in message
 
 
 @linux
