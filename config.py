@@ -29,7 +29,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 FLICKR8K_URL = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k/"
-NUM_WORKERS = "processes that read ahead of the model; 0: none; -1: a core each, 4 to 16; on the CPU 4, to embed 0"
+NUM_WORKERS = "processes that read ahead; 0: none; -1: on the CPU 4 to train, 0 to embed, else one a core, 4 to 16"
 READER = "DataLoader worker"  # so torch calls it in its errors
 DEVICE = "auto: cuda where there is one, else mps, else cpu; or a name such as cuda:1"
 
@@ -58,9 +58,7 @@ class Config:
     augment: bool = HfArg(default=True, help="crop, mirror and recolour training pictures, so that few go further")
     num_workers: int = HfArg(default=-1, help=NUM_WORKERS)
     # model
-    image_encoder: str = HfArg(
-        default="resnet50", help="a timm model, or local-dir:FOLDER as timm saves one; ResNet-50 as in the paper"
-    )
+    image_encoder: str = HfArg(default="resnet50", help="a timm model, as the paper's; or local-dir:FOLDER with one")
     text_encoder: str = HfArg(
         default="distilbert-base-uncased",
         help="a transformers text encoder, by name or folder; DistilBERT is BERT at half the cost",
@@ -78,9 +76,7 @@ class Config:
     temperature: float = HfArg(default=0.07, help="start of the learnt temperature, as in the paper (section 2.4)")
     # optimisation
     epochs: int = HfArg(default=28, help="passes over the pictures, each with another caption drawn")
-    batch_size: int = HfArg(
-        default=128, help="pairs per step, of all processes together; every pair has the others as its negatives"
-    )
+    batch_size: int = HfArg(default=128, help="pairs per step, of all processes; each has the others as negatives")
     chunk_size: int = HfArg(
         default=0,
         help="pairs of a process whose activations are in memory at a time, for larger batches; a fifth slower; 0: all",
@@ -166,9 +162,7 @@ class SearchConfig:
         "the weights carry as their example",
     )
     images: str = HfArg(default="", help="folder of pictures to rank; without one: the test pictures of the data set")
-    image: str = HfArg(
-        default="", help="asks the other way round: which --query, or else which caption, fits this file"
-    )
+    image: str = HfArg(default="", help="the other way round: which --query, or else which caption, fits this file")
     output: str = HfArg(
         default="matches.png", help="by its ending a picture (.png, .jpg, .pdf, .svg) or a table (.csv)"
     )
@@ -252,10 +246,13 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
             main(argv)
         except UserError as error:
             sys.exit(f"error: {error}")
+        except torch.OutOfMemoryError as error:
+            advice = "try --chunk-size 32 in training, --device cpu in search"
+            sys.exit(f"error: out of memory, {advice}: {str(error).splitlines()[0]}")
         except (RuntimeError, ConnectionResetError, ConnectionRefusedError) as error:
             if dist.is_initialized() and re.search("gloo|NCCL", str(error)):
                 sys.exit(f"error: this process cannot go on without the others: {str(error).splitlines()[0]}")
-            if READER not in str(error) and not isinstance(error, ConnectionError):  # whose last batch is lost
+            if READER not in str(error) and not isinstance(error, ConnectionError):  # to a dead reader
                 raise
             sys.exit(f"error: a process that reads pictures died, try --num-workers 0: {' '.join(str(error).split())}")
         except (KeyboardInterrupt, EOFError):

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import ExifTags, Image, ImageDraw
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -33,6 +33,7 @@ from config import Config, UserError, progress
 SPLITS = ("train", "dev", "test")
 ARCHIVES = ("Flickr8k_Dataset.zip", "Flickr8k_text.zip")
 TEXT_GROUPS = 4  # of a batch's captions on the CPU, each padded to its own longest; a GPU would wait for its kernels
+UPRIGHT = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
 Row = tuple[str, str, str]  # of a caption file: where it stands there, the picture's name, the caption
 
 
@@ -70,8 +71,7 @@ def read_splits(data_dir: str | Path) -> dict[str, Split]:
         print(f"data: left out {len(unlisted)} pictures in no split list and {len(wordless)} without a caption")
     splits = {}
     for split, listed in lists.items():
-        names = sorted(listed & captions.keys())
-        if not names:
+        if not (names := sorted(listed & captions.keys())):
             raise UserError(f"{folder}: the {split} split is empty; its pictures were looked for in {pictures}")
         splits[split] = Split([pictures / name for name in names], [captions[name] for name in names])
     sizes = ", ".join(f"{split} {len(part.paths):,}" for split, part in splits.items())
@@ -104,8 +104,7 @@ def _find_layout(folder: Path) -> tuple[Path, Path, Iterator[Row]]:
         tokens = text_folder / "Flickr8k.token.txt"
         if tokens.is_file() and (folder / "Flicker8k_Dataset").is_dir():
             return folder / "Flicker8k_Dataset", tokens, _read_tokens(tokens)
-    table = folder / "captions.txt"
-    if table.is_file() and (folder / "Images").is_dir():
+    if (table := folder / "captions.txt").is_file() and (folder / "Images").is_dir():
         return folder / "Images", table, _read_table(table)
     raise UserError(f"{folder}: found neither Flicker8k_Dataset/ with Flickr8k.token.txt nor Images/ with captions.txt")
 
@@ -279,7 +278,9 @@ def open_picture(path: Path) -> Iterator[Image.Image]:
 def read_picture(path: Path) -> np.ndarray:
     """The picture as (H, W, 3) `uint8`: upright, alpha over white, 16 bits scaled to 8; raises as `open_picture`."""
     with open_picture(path) as picture:
-        picture = ImageOps.exif_transpose(picture)
+        orientation = picture.getexif().get(ExifTags.Base.Orientation)  # from 1, upright, to 8
+        if orientation in range(2, 9):  # not Pillow's exif_transpose, which fails where the rest of the EXIF is damaged
+            picture = picture.transpose(Image.Transpose[UPRIGHT[orientation - 2]])
         if picture.mode.startswith("I"):  # 16 bits, which Pillow's own conversion would clip to white
             picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8))
         if picture.has_transparency_data:
@@ -379,7 +380,7 @@ def collate(items: list[tuple[np.ndarray, str]], tokenizer: Tokenizer, group_siz
 
 
 def loader(dataset: Dataset, workers: int, device: torch.device, collate_fn: Callable, **options: Any) -> DataLoader:
-    """A `DataLoader` that leaves torch's own generator alone, which dropout draws from; -1 worker as `NUM_WORKERS`."""
+    """A `DataLoader` that leaves torch's own generator alone, which dropout draws from; for -1 see `NUM_WORKERS`."""
     if workers < 0:
         cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of each of torchrun's processes
         workers = 4 if device.type == "cpu" else max(4, min(cores, 16))

@@ -184,7 +184,7 @@ def build_image_encoder(config: Config) -> ImageEncoder:
         size = resolve_model_input_args(config.image_encoder, {"img_size": config.image_size}).get("img_size")
         arguments = {"img_size": size} if size else {}
         encoder = ImageEncoder(config.image_encoder, config.image_size, config.pretrained, **arguments)
-    except (OSError, RuntimeError, ValueError, TypeError, AssertionError) as error:
+    except Exception as error:  # whatever a wrong name, a damaged folder or an unreachable hub brings about
         raise _unavailable("--image-encoder", config.image_encoder, "local-dir:FOLDER", error) from None
     if unknown := encoder.model._model_args.keys() - IMAGE_ENCODER_ARGS:
         raise UserError(f"--image-encoder {config.image_encoder}: cannot be rebuilt from weights, it needs {unknown}")
@@ -228,7 +228,7 @@ def text_encoder_from_scratch(config: Config, captions: list[str]) -> tuple[Text
         model_config.num_hidden_layers = config.text_layers
     if config.text_width:
         model_config.hidden_size = config.text_width
-        model_config.num_attention_heads = max(1, config.text_width // 64)
+        model_config.num_attention_heads = math.gcd(config.text_width, max(1, config.text_width // 64))
         inner = "hidden_dim" if hasattr(model_config, "hidden_dim") else "intermediate_size"
         setattr(model_config, inner, 4 * config.text_width)
     return TextEncoder(AutoModel.from_config(model_config)), tokenizer
@@ -255,7 +255,7 @@ def _from_pretrained(name: str, *makers: Any, **options: Any) -> list[Any]:
     """What each of transformers' `makers` finds under a name or in a folder."""
     try:
         return [maker.from_pretrained(name, **options) for maker in makers]
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # as in `build_image_encoder`
         raise _unavailable("--text-encoder", name, "a folder", error) from None
 
 
@@ -276,19 +276,19 @@ def _plain_tokenizer(name: str, tokenizer: Any, max_length: int) -> Tokenizer:
 
 def _quiet_hub() -> None:
     """Leaves the one message about weights that cannot be fetched to us."""
-    from huggingface_hub.utils import enable_progress_bars
-    from huggingface_hub.utils import logging as hub_logging
+    from huggingface_hub import utils as hub
     from transformers.utils import logging as transformers_logging
 
-    hub_logging.set_verbosity_error()
+    hub.logging.set_verbosity_error()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    enable_progress_bars()  # of downloads, which the line before puts out too
+    hub.enable_progress_bars()  # of downloads, which the line before puts out too
 
 
 def _unavailable(flag: str, name: str, folder: str, error: Exception) -> UserError:
-    way_out = f"Point to {folder} that holds it, start from random weights with --no-pretrained, or try --demo"
-    return UserError(f"{flag} {name}: cannot be loaded ({textwrap.shorten(str(error), 150)}). {way_out}")
+    reason = textwrap.shorten(f"{type(error).__name__}: {error}", 150)
+    way_out = f"Point to {folder} that holds it, or try --demo; --no-pretrained needs no weights"
+    return UserError(f"{flag} {name}: cannot be loaded ({reason}). {way_out}")
 
 
 # ---------------------------------------------------------------- weights

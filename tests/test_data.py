@@ -4,6 +4,7 @@ import csv
 import io
 import re
 import shutil
+import struct
 import tempfile
 import threading
 import zipfile
@@ -17,7 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 from tokenizers import Tokenizer
 
 from config import Config, UserError, parse
@@ -628,6 +629,25 @@ def test_a_picture_that_its_camera_says_is_turned_is_turned_upright(tmp_path: Pa
     pixels = read_picture(saved(tmp_path, "turned.jpg", picture, exif=turned_right, quality=95))
     assert pixels.shape == (32, 16, 3)
     assert (pixels[:12, :, 0] > 200).all() and (pixels[20:] < 50).all()
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_it_is_turned_as_pillow_turns_it(tmp_path: Path, orientation: int):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = saved(tmp_path, "turned.png", Image.fromarray(np.arange(24, dtype=np.uint8).reshape(4, 6)), exif=exif)
+    assert (read_picture(path)[:, :, 0] == np.array(ImageOps.exif_transpose(Image.open(path)))).all()
+
+
+def test_a_picture_whose_exif_is_damaged_elsewhere_is_turned_too(tmp_path: Path):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x0100] = 6, 40  # turned, and a width of 40 ...
+    path = saved(tmp_path, "damaged.jpg", Image.new("RGB", (40, 30)), exif=exif)
+    width = exif.tobytes()[16:22]  # tag 0x0100, a number (4), one of it
+    path.write_bytes(path.read_bytes().replace(width, width[:2] + b"\0\2" + width[4:]))  # ... that is said to be a text
+    with pytest.raises((struct.error, TypeError, AttributeError)):
+        ImageOps.exif_transpose(Image.open(path))
+    assert read_picture(path).shape == (40, 30, 3)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (4000, 20), (20, 4000)])

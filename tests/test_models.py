@@ -259,6 +259,20 @@ def test_a_model_that_cannot_be_had_is_one_line_with_every_way_out(
     assert "--demo" in message
 
 
+@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1\n", b"", None])
+def test_a_folder_whose_weights_did_not_arrive_whole_is_one_line(
+    content: bytes | None, backbones: dict[str, Path], tmp_path: Path
+) -> None:
+    for flag, folder, load in (("--image", "image", build_image_encoder), ("--text", "text", load_text_encoder)):
+        shutil.copytree(backbones[folder], tmp_path / folder)
+        file = tmp_path / folder / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-100] if content is None else content)
+        named = {"image_encoder": f"local-dir:{tmp_path / folder}", "text_encoder": str(tmp_path / folder)}
+        with pytest.raises(UserError) as error:
+            load(replace(CONFIG, **named, pretrained=True))
+        assert one_line(error).startswith(f"{flag}-encoder {named[f'{folder}_encoder']}: cannot be loaded")
+
+
 @pytest.mark.parametrize("folder", ["t5", "vit", "vit_alone"])
 @pytest.mark.parametrize(
     "load",
@@ -495,3 +509,10 @@ def test_a_text_encoder_is_as_wide_as_its_states(tiny: tuple) -> None:
     model, tokenizer = tiny
     encoder: TextEncoder = model.text.encoder
     assert encoder(*tokenize(tokenizer, CAPTIONS)).shape == (4, encoder.width) == (4, CONFIG.text_width)
+
+
+@pytest.mark.parametrize("width", [1, 48, 200, 400])
+@pytest.mark.parametrize("kind", ["distilbert", "bert"])
+def test_a_text_encoder_may_be_of_any_width(kind: str, width: int) -> None:
+    encoder, tokenizer = text_encoder_from_scratch(replace(CONFIG, text_encoder=kind, text_width=width), CAPTIONS)
+    assert encoder(*tokenize(tokenizer, CAPTIONS)).shape == (4, width)

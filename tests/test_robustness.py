@@ -263,6 +263,20 @@ def test_what_a_step_on_the_cpu_frees_is_kept_for_the_next_be_it_gigabytes(tmp_p
     assert int(done.stdout) < 2**20  # bytes handed back, which the next step would have zeroed anew
 
 
+def runs_out(*_: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 9 GiB")
+
+
+def test_out_of_memory_in_training_is_one_line(workplace: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "contrastive_loss", runs_out)
+    assert "--chunk-size 32" in last_words(train, *TINY, "--data-dir", shapes)
+
+
+def test_out_of_memory_in_a_search_is_one_line(weights: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference.Tower, "forward", runs_out)
+    assert "--device cpu" in last_words(search, "--weights", weights, "--images", pictures, *SEARCH)
+
+
 # ---------------------------------------------------------------- a bug is a bug
 
 
@@ -365,8 +379,11 @@ def test_a_name_that_is_no_text_is_found_and_shown_all_the_same(
 ) -> None:
     source = next(pictures.iterdir())
     shutil.copy(source, os.fsencode(pictures) + b"/caf\xe9.png")  # Latin-1
-    search(["--weights", str(weights), "--images", str(pictures), *SEARCH])
-    assert "caf" in capsys.readouterr().out
+    folder = os.fsdecode(b"cr\xe8me")
+    shutil.copytree(pictures, folder)
+    for _ in range(2):  # embedded, and from the index
+        search(["--weights", str(weights), "--images", folder, *SEARCH])
+        assert "caf" in capsys.readouterr().out
 
 
 @linux
