@@ -58,7 +58,9 @@ class Config:
     augment: bool = HfArg(default=True, help="crop, mirror and recolour training pictures, so that few go further")
     num_workers: int = HfArg(default=-1, help=NUM_WORKERS)
     # model
-    image_encoder: str = HfArg(default="resnet50", help="a timm model, as the paper's; or local-dir:FOLDER with one")
+    image_encoder: str = HfArg(
+        default="resnet50", help="a timm model, or local-dir:FOLDER as timm saves one; ResNet-50 as in the paper"
+    )
     text_encoder: str = HfArg(
         default="distilbert-base-uncased",
         help="a transformers text encoder, by name or folder; DistilBERT is BERT at half the cost",
