@@ -278,7 +278,7 @@ def open_picture(path: Path) -> Iterator[Image.Image]:
 def read_picture(path: Path) -> np.ndarray:
     """The picture as (H, W, 3) `uint8`: upright, alpha over white, 16 bits scaled to 8; raises as `open_picture`."""
     with open_picture(path) as picture:
-        orientation = picture.getexif().get(ExifTags.Base.Orientation)  # from 1, upright, to 8
+        orientation = picture.getexif().get(ExifTags.Base.Orientation)  # 1: upright; UPRIGHT undoes 2 to 8
         if orientation in range(2, 9):  # not Pillow's exif_transpose, which fails where the rest of the EXIF is damaged
             picture = picture.transpose(Image.Transpose[UPRIGHT[orientation - 2]])
         if picture.mode.startswith("I"):  # 16 bits, which Pillow's own conversion would clip to white

@@ -316,7 +316,7 @@ class _Index:
 
 
 def _digest(text: str) -> str:
-    return hashlib.sha256(os.fsencode(text)).hexdigest()[:16]
+    return hashlib.sha256(os.fsencode(text)).hexdigest()[:16]  # a path may be no UTF-8
 
 
 # ---------------------------------------------------------------- showing

@@ -632,7 +632,7 @@ def test_a_picture_that_its_camera_says_is_turned_is_turned_upright(tmp_path: Pa
 
 
 @pytest.mark.parametrize("orientation", range(10))
-def test_it_is_turned_as_pillow_turns_it(tmp_path: Path, orientation: int):
+def test_a_picture_is_turned_as_pillow_turns_it(tmp_path: Path, orientation: int):
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = saved(tmp_path, "turned.png", Image.fromarray(np.arange(24, dtype=np.uint8).reshape(4, 6)), exif=exif)
