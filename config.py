@@ -74,7 +74,8 @@ class Config:
     text_layers: int = HfArg(default=0, help="layers of a text encoder from scratch; 0: as its architecture has")
     text_width: int = HfArg(default=0, help="width of a text encoder from scratch; 0: as its architecture has")
     projection_dim: int = HfArg(default=256, help="width of the space that pictures and texts share")
-    dropout: float = HfArg(default=0.1, help="share of the projection heads' activations dropped in training")
+    dropout: float = HfArg(default=0.3, help="share of the projection heads' activations dropped in training")
+    drop_path: float = HfArg(default=0.1, help="stochastic depth: chance to skip the image encoder's last block")
     temperature: float = HfArg(default=0.07, help="start of the learnt temperature, as in the paper (section 2.4)")
     # optimisation
     epochs: int = HfArg(default=28, help="passes over the pictures, each with another caption drawn")
@@ -113,6 +114,7 @@ class Config:
             freeze_text_encoder=(0.0, 1.0),
             projection_dim=(1, 65536),
             dropout=(0.0, 0.9),
+            drop_path=(0.0, 0.9),
             temperature=(0.01, 100.0),  # 0.01 is where the paper clamps
             epochs=(1, 100_000),
             batch_size=(2, 1_000_000),  # a contrastive loss needs a negative
@@ -144,6 +146,7 @@ DEMO = {
     "text_layers": 2,
     "text_width": 128,
     "dropout": 0.0,
+    "drop_path": 0.0,
     "epochs": 7,
     "image_lr": 1e-3,  # nothing is pretrained here, so nothing needs to be slow
     "text_lr": 1e-3,
@@ -228,13 +231,10 @@ def asked(config: SearchConfig) -> list[str]:
     """The queries of the command line, or with "-" those on standard input, a line each."""
     if config.query != ["-"]:
         return config.query
-    try:
-        lines = [line.strip() for line in sys.stdin if line.strip()]
-    except UnicodeDecodeError:
-        lines = []
-    if not lines:
-        raise UserError("--query -: standard input holds no line of UTF-8 text")
-    return lines
+    with suppress(UnicodeDecodeError):
+        if lines := [line.strip() for line in sys.stdin if line.strip()]:
+            return lines
+    raise UserError("--query -: standard input holds no line of UTF-8 text")
 
 
 def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:

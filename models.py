@@ -30,14 +30,12 @@ MAX_LOGIT_SCALE = 100.0  # section 2.4: "clipped to prevent scaling the logits b
 SEARCH_SCALE = 9 / 7  # side of embedded pictures over that of training's (README, Results)
 FORMAT = "clip weights 1"
 TokenGroups = list[tuple[Tensor, Tensor]]  # captions some at a time: token ids and mask, both (b, T)
-IMAGE_ENCODER_ARGS = {"num_classes", "in_chans", "global_pool", "img_size"}  # all that a weights file may ask of timm
+IMAGE_ENCODER_ARGS = {"num_classes", "in_chans", "global_pool", "img_size", "drop_path_rate"}  # what weights may ask
 
 
 class ImageEncoder(nn.Module):
-    """A timm model without its classifier: `uint8` pixels (B, 3, S, S) to features (B, width).
-
-    Mean and standard deviation are those of timm's config for the model. They are applied here, on the device.
-    """
+    """A timm model without its classifier: `uint8` pixels (B, 3, S, S) to features (B, width). Mean and standard
+    deviation are those of timm's config for the model; they are applied here, on the device."""
 
     def __init__(self, name: str, image_size: int, pretrained: bool = False, **arguments: Any) -> None:
         super().__init__()
@@ -182,9 +180,11 @@ def build_image_encoder(config: Config) -> ImageEncoder:
     try:
         # A model made for one size, such as a ViT, must be told of another.
         size = resolve_model_input_args(config.image_encoder, {"img_size": config.image_size}).get("img_size")
-        arguments = {"img_size": size} if size else {}
+        arguments = {"img_size": size, "drop_path_rate": config.drop_path or None}  # timm passes over a None
         encoder = ImageEncoder(config.image_encoder, config.image_size, config.pretrained, **arguments)
     except Exception as error:  # whatever a wrong name, a damaged folder or an unreachable hub brings about
+        if "drop_path_rate" in str(error):
+            raise UserError(f"--image-encoder {config.image_encoder}: cannot skip blocks; add --drop-path 0") from None
         raise _unavailable("--image-encoder", config.image_encoder, "local-dir:FOLDER", error) from None
     if unknown := encoder.model._model_args.keys() - IMAGE_ENCODER_ARGS:
         raise UserError(f"--image-encoder {config.image_encoder}: cannot be rebuilt from weights, it needs {unknown}")
@@ -350,8 +350,7 @@ def read_weights(path: str | Path) -> dict[str, Any]:
 
 def load_tower(weights: dict[str, Any], which: str) -> Tower:
     """The "image" or the "text" tower of `weights`, in evaluation mode, rebuilt from what they hold alone."""
-    prefix = which + "."
-    state = {name.removeprefix(prefix): value for name, value in weights["model"].items() if name.startswith(prefix)}
+    state = {name.partition(".")[2]: value for name, value in weights["model"].items() if name.startswith(f"{which}.")}
     try:
         with torch.device("meta"):  # sizes are held against the tensors before memory is taken
             expected = {name: value.shape for name, value in _empty_tower(weights, which).state_dict().items()}

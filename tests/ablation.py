@@ -54,7 +54,8 @@ CHANGES: dict[str, list[str] | Callable[[], None]] = {  # settings, or what repl
     "encoders' rates / 2": rates(0.5, "image_lr", "text_lr"),
     "batch 64": ["--batch-size", "64"],
     "batch 256, rates x 1.4": ["--batch-size", "256", *rates(1.4, "image_lr", "text_lr", "head_lr")],
-    "dropout 0.3": ["--dropout", "0.3"],
+    "dropout 0.1": ["--dropout", "0.1"],
+    "no blocks skipped": ["--drop-path", "0"],
     "projection 512": ["--projection-dim", "512"],
     "temperature 0.05": ["--temperature", "0.05"],
     "weight decay 0.01": ["--weight-decay", "0.01"],
@@ -104,17 +105,6 @@ def both_pooled(whole: Callable = models.ImageEncoder.__init__) -> None:
         whole(self, *arguments, **{**options, "global_pool": "catavgmax"})
 
     models.ImageEncoder.__init__ = init
-
-
-@change("layers of the image encoder skipped, 0.1")
-def skipped_layers(whole: Callable = models.ImageEncoder.__init__) -> None:
-    """Stochastic depth (arXiv 1603.09382), rising to this chance at the last layer."""
-
-    def init(self: models.ImageEncoder, *arguments: object, **options: object) -> None:
-        whole(self, *arguments, **{**options, "drop_path_rate": 0.1})
-
-    models.ImageEncoder.__init__ = init
-    models.IMAGE_ENCODER_ARGS.add("drop_path_rate")
 
 
 @change("text rates x 0.8 a layer, from the last to the first")

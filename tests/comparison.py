@@ -210,7 +210,7 @@ def tutorial(options: Namespace, times: str, folder: Path) -> dict:
     torch.manual_seed(0)
     splits = read_splits(options.data_dir)
     encoders = {"image_encoder": f"local-dir:{options.image_encoder}", "text_encoder": options.text_encoder}
-    config = Config(image_size=options.image_size, **encoders)
+    config = Config(image_size=options.image_size, dropout=0.1, drop_path=0.0, **encoders)  # dropout as in the tutorial
     text, tokenizer = load_text_encoder(config)
     model = CLIP(Tower(build_image_encoder(config), config), Tower(text, config), 1.0)
     statistics = pixel_statistics(options)

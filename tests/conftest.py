@@ -43,6 +43,8 @@ CONFIG = Config(
     text_layers=1,
     text_width=64,
     projection_dim=16,
+    dropout=0.1,
+    drop_path=0.0,
 )
 
 

@@ -27,6 +27,7 @@ from conftest import (
     pictures,
     script,
 )
+from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -41,8 +42,9 @@ Batch = tuple[Tensor, TokenGroups]
 
 @pytest.fixture
 def tiny() -> tuple:
-    """A model in training mode, with dropout in its heads and its text encoder, and its tokeniser."""
-    model, tokenizer = build(replace(CONFIG, dropout=0.3))
+    """A model in training mode, with dropout in its heads and its text encoder, blocks of its image encoder that are
+    skipped, and its tokeniser."""
+    model, tokenizer = build(replace(CONFIG, dropout=0.3, drop_path=0.3))
     for norm in norms(model):
         nn.init.uniform_(norm.weight, 0.5, 1.5)  # timm starts some with nought, before which nothing has a gradient
     return model.train(), tokenizer
@@ -74,13 +76,20 @@ def norms(model: CLIP) -> list[_BatchNorm]:
     return [module for module in model.modules() if isinstance(module, _BatchNorm)]
 
 
-def still(model: CLIP) -> CLIP:
-    """The model in training mode, without what makes a chunk differ from the batch: dropout and batch statistics."""
+def without_chance(model: CLIP) -> CLIP:
+    """The model in training mode, without dropout and with every block in its place."""
     for module in model.train().modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        elif isinstance(module, _BatchNorm):
-            module.eval()
+        elif isinstance(module, DropPath):
+            module.drop_prob = 0.0
+    return model
+
+
+def still(model: CLIP) -> CLIP:
+    """The model in training mode, without what makes a chunk differ from the batch: chance and batch statistics."""
+    for norm in norms(without_chance(model)):
+        norm.eval()
     return model
 
 
@@ -152,7 +161,7 @@ def equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> list[bool]:
 
 @pytest.mark.parametrize("chunk_size", [4, 5])
 def test_batch_norm_counts_each_chunk_once_in_its_statistics(tiny: tuple, chunk_size: int):
-    model, tokenizer = tiny
+    model, tokenizer = without_chance(tiny[0]), tiny[1]
     batch, before, momenta = (
         batch_of(tokenizer, chunk_size),
         statistics(model),
@@ -225,7 +234,7 @@ def test_memory_holds_one_chunk_of_activations_however_large_the_batch(tmp_path:
 def test_a_run_in_chunks_trains_and_goes_on_after_a_break_as_if_there_had_been_none(
     workplace: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    flags = [*TINY, "--dropout", "0.3", "--chunk-size", "4", "--data-dir", str(shapes)]
+    flags = [*TINY, "--dropout", "0.3", "--drop-path", "0.3", "--chunk-size", "4", "--data-dir", str(shapes)]
     (workplace / "unbroken").mkdir()
     done = script("trainer.py", *flags, cwd=workplace / "unbroken")
     assert done.returncode == 0, done.stderr

@@ -30,6 +30,7 @@ def test_training_defaults_are_the_real_thing():
     assert (config.freeze_image_encoder, config.freeze_text_encoder) == (0.5, 0.0)
     assert (config.image_size, config.projection_dim) == (224, 256)
     assert config.temperature == 0.07
+    assert (config.dropout, config.drop_path) == (0.3, 0.1)
     assert config.head_lr > config.image_lr and config.head_lr > config.text_lr
 
 
@@ -176,6 +177,7 @@ def test_a_query_may_be_repeated(given: list[str]):
         (["--epochs", "0"], ["--epochs", "1 to"]),
         (["--epochs", "1.5"], ["--epochs", "int", "1.5"]),
         (["--epochs"], ["--epochs", "expected one argument"]),
+        (["--drop-path", "1"], ["--drop-path", "0.0 to 0.9"]),
         (["--image-lr", "inf"], ["--image-lr", "0.0 to 1.0"]),
         (["--num-workers", "-2"], ["--num-workers", "-1 to"]),
         (["--seed", "-1"], ["--seed", "0 to"]),

@@ -23,7 +23,7 @@ from trainer import main
 
 KILLS = int(os.environ.get("CLIP_KILLS", "4"))
 EPOCHS = 4
-FLAGS = [*TINY, "--epochs", str(EPOCHS), "--dropout", "0.3", "--augment"]
+FLAGS = [*TINY, "--epochs", str(EPOCHS), "--dropout", "0.3", "--drop-path", "0.3", "--augment"]
 WRITTEN = ["best.pt", "last.pt", "metrics.csv", "curves.png", "test.json"]  # after an epoch, in this order
 PATIENCE = 300  # seconds
 

@@ -18,8 +18,10 @@ import torch
 import torch.nn.functional as F
 from conftest import CAPTIONS, CONFIG, build, pictures, script
 from PIL import Image
+from timm.layers import DropPath
 from timm.models import save_for_hf
 from tokenizers import Tokenizer
+from torch import nn
 from transformers import (
     AutoModel,
     DistilBertConfig,
@@ -207,6 +209,44 @@ def test_the_width_of_an_encoder_is_read_from_what_it_returns() -> None:
 def test_measuring_the_width_leaves_batch_norm_as_it_was() -> None:
     fresh = {key: value for key, value in ImageEncoder("test_resnet", 64).state_dict().items() if "running" in key}
     assert all(torch.equal(value, torch.full_like(value, float("var" in key))) for key, value in fresh.items())
+
+
+def chances_to_skip(encoder: ImageEncoder) -> list[float]:
+    """Of those of its blocks that are skipped at all, from the input to the output."""
+    return [block.drop_prob for block in encoder.modules() if isinstance(block, DropPath)]
+
+
+def test_blocks_of_the_image_encoder_are_skipped_in_training_alone_the_last_most_often() -> None:
+    encoder = build_image_encoder(replace(CONFIG, image_encoder="resnet50", drop_path=0.4))
+    assert chances_to_skip(encoder) == pytest.approx([0.4 * block / 15 for block in range(1, 16)])  # of 16 blocks
+    for norm in (module for module in encoder.modules() if isinstance(module, nn.BatchNorm2d)):
+        nn.init.ones_(norm.weight)  # timm starts some with nought, with which a block does nothing to skip
+        norm.eval()
+    with torch.no_grad():
+        one, other = (encoder(pictures(CONFIG)) for _ in range(2))
+        assert not torch.allclose(one, other, rtol=0.01)
+        encoder.eval()
+        assert torch.equal(encoder(pictures(CONFIG)), encoder(pictures(CONFIG)))
+
+
+def test_no_block_is_skipped_where_that_is_turned_off() -> None:
+    assert chances_to_skip(build_image_encoder(replace(CONFIG, image_encoder="resnet50", drop_path=0.0))) == []
+
+
+def test_weights_of_a_run_that_skips_blocks_go_on_skipping_them(tmp_path: Path) -> None:
+    config = replace(CONFIG, drop_path=0.3)
+    model, tokenizer = build(config)
+    again = load_clip(read_weights(saved(tmp_path / "w.pt", model, tokenizer, config)))
+    assert chances_to_skip(again.image.encoder) == chances_to_skip(model.image.encoder) != []
+    assert torch.equal(embeddings(again, tokenizer, config), embeddings(model, tokenizer, config))
+
+
+def test_an_image_encoder_whose_blocks_cannot_be_skipped_is_one_line_with_the_way_out() -> None:
+    config = replace(CONFIG, image_encoder="ghostnet_050")
+    with pytest.raises(UserError, match=r"--image-encoder ghostnet_050: .*--drop-path 0") as error:
+        build_image_encoder(replace(config, drop_path=0.1))
+    one_line(error)
+    assert build_image_encoder(replace(config, drop_path=0.0)).width == 1280
 
 
 def test_pretrained_folders_load_with_the_very_weights_that_they_hold(backbones: dict[str, Path]) -> None:

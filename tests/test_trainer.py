@@ -198,7 +198,7 @@ def test_the_best_epoch_has_the_largest_sum_of_the_six_recalls_and_is_the_first_
 
 # ---------------------------------------------------------------- resuming
 
-UNEVEN = [*TINY, "--epochs", "3", "--dropout", "0.3", "--augment"]
+UNEVEN = [*TINY, "--epochs", "3", "--dropout", "0.3", "--drop-path", "0.3", "--augment"]
 STOPPED_BY_SIGTERM = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
@@ -215,7 +215,7 @@ trainer.main()
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Path:
-    """The folder of a run of three epochs, with dropout and augmentation."""
+    """The folder of a run of three epochs, with dropout, blocks that are skipped, and augmentation."""
     folder = tmp_path_factory.mktemp("unbroken")
     done = script("trainer.py", *UNEVEN, "--data-dir", str(shapes), cwd=folder)
     assert done.returncode == 0, done.stderr
