@@ -75,7 +75,7 @@ class Config:
     text_width: int = HfArg(default=0, help="width of a text encoder from scratch; 0: as its architecture has")
     projection_dim: int = HfArg(default=256, help="width of the space that pictures and texts share")
     dropout: float = HfArg(default=0.3, help="share of the projection heads' activations dropped in training")
-    drop_path: float = HfArg(default=0.1, help="stochastic depth: chance to skip the image encoder's last block")
+    drop_path: float = HfArg(default=0.1, help="highest chance to skip an image encoder's block; against overfitting")
     temperature: float = HfArg(default=0.07, help="start of the learnt temperature, as in the paper (section 2.4)")
     # optimisation
     epochs: int = HfArg(default=28, help="passes over the pictures, each with another caption drawn")

@@ -42,6 +42,9 @@ class ImageEncoder(nn.Module):
         import timm  # here, since a search over embedded pictures does without it
 
         self.model = timm.create_model(name, pretrained=pretrained, **{"num_classes": 0, **arguments})
+        if not arguments.get("drop_path_rate"):  # some encoders skip blocks where nothing is said
+            for block in (module for module in self.modules() if isinstance(module, timm.layers.DropPath)):
+                block.drop_prob = 0.0
         for statistic in ("mean", "std"):
             values = 255 * torch.tensor(self.model.pretrained_cfg[statistic])  # of pixels from 0 to 255
             self.register_buffer(statistic, values.view(1, 3, 1, 1))
@@ -180,7 +183,7 @@ def build_image_encoder(config: Config) -> ImageEncoder:
     try:
         # A model made for one size, such as a ViT, must be told of another.
         size = resolve_model_input_args(config.image_encoder, {"img_size": config.image_size}).get("img_size")
-        arguments = {"img_size": size, "drop_path_rate": config.drop_path or None}  # timm passes over a None
+        arguments = {"img_size": size, "drop_path_rate": config.drop_path or None}  # timm passes None over
         encoder = ImageEncoder(config.image_encoder, config.image_size, config.pretrained, **arguments)
     except Exception as error:  # whatever a wrong name, a damaged folder or an unreachable hub brings about
         if "drop_path_rate" in str(error):
@@ -339,7 +342,7 @@ def read_weights(path: str | Path) -> dict[str, Any]:
             raise ValueError("its parts are not what they should be")
         if not all(isinstance(value, Tensor) for value in weights["model"].values()):
             raise ValueError("its model holds more than tensors")
-        weights["config"] = Config(**weights["config"])
+        weights["config"] = Config(**{"drop_path": 0.0, **weights["config"]})  # weights from before it lack it
         weights["tokenizer"] = Tokenizer.from_str(weights["tokenizer"])
         weights["fingerprint"] = hashlib.sha256(checksums.encode()).hexdigest()
     except Exception as error:  # whatever a hostile or damaged file can bring about
@@ -351,14 +354,15 @@ def read_weights(path: str | Path) -> dict[str, Any]:
 def load_tower(weights: dict[str, Any], which: str) -> Tower:
     """The "image" or the "text" tower of `weights`, in evaluation mode, rebuilt from what they hold alone."""
     state = {name.partition(".")[2]: value for name, value in weights["model"].items() if name.startswith(f"{which}.")}
+    encoder = _image_encoder if which == "image" else _text_encoder
     try:
         with torch.device("meta"):  # sizes are held against the tensors before memory is taken
-            expected = {name: value.shape for name, value in _empty_tower(weights, which).state_dict().items()}
+            empty = Tower(encoder(weights), weights["config"]).state_dict()
     except Exception as error:  # whatever a hostile description can bring about
         raise UserError(f"the {which} encoder that the weights describe cannot be built: {error}") from None
-    if expected != {name: value.shape for name, value in state.items()}:
+    if {name: value.shape for name, value in empty.items()} != {name: value.shape for name, value in state.items()}:
         raise UserError(f"the weights of the {which} encoder do not fit the model that their file describes")
-    tower = _empty_tower(weights, which)
+    tower = Tower(encoder(weights), weights["config"])
     tower.load_state_dict(state)
     return tower.eval()
 
@@ -370,17 +374,14 @@ def load_clip(weights: dict[str, Any]) -> CLIP:
     return model.eval()
 
 
-def _empty_tower(weights: dict[str, Any], which: str) -> Tower:
-    return Tower(_image_encoder(weights) if which == "image" else _text_encoder(weights), weights["config"])
-
-
 def _image_encoder(weights: dict[str, Any]) -> ImageEncoder:
     import timm
 
     name, arguments = weights["image_encoder"]["name"], weights["image_encoder"]["arguments"]
     if name not in timm.list_models() or not arguments.keys() <= IMAGE_ENCODER_ARGS:
         raise UserError(f"weights: {name!r} with {sorted(arguments)} is not an image encoder that timm has")
-    return ImageEncoder(name, weights["config"].image_size, **arguments)
+    skipping = {"drop_path_rate": weights["config"].drop_path or None}  # and not what the arguments say of it
+    return ImageEncoder(name, weights["config"].image_size, **{**arguments, **skipping})
 
 
 def _text_encoder(weights: dict[str, Any]) -> TextEncoder:

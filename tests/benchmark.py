@@ -153,7 +153,7 @@ def training_config(options: Namespace, pair: str):
     encoders = {"image_encoder": f"local-dir:{options.image_encoder}", "text_encoder": options.text_encoder}
     if pair != "stand-ins":
         encoders = {"image_encoder": "resnet50", "text_encoder": "distilbert", "pretrained": False}
-    whole = {"freeze_image_encoder": 0.0, "freeze_text_encoder": 0.0}  # as the others train them
+    whole = {"freeze_image_encoder": 0.0, "freeze_text_encoder": 0.0, "drop_path": 0.0}  # as the others train them
     return Config(data_dir="data", image_size=size, batch_size=batch, epochs=4, **encoders, **whole)
 
 

@@ -45,6 +45,7 @@ from models import (
     contrastive_loss,
     load_clip,
     load_text_encoder,
+    load_tower,
     pack_weights,
     read_weights,
     search_size,
@@ -229,16 +230,40 @@ def test_blocks_of_the_image_encoder_are_skipped_in_training_alone_the_last_most
         assert torch.equal(encoder(pictures(CONFIG)), encoder(pictures(CONFIG)))
 
 
-def test_no_block_is_skipped_where_that_is_turned_off() -> None:
-    assert chances_to_skip(build_image_encoder(replace(CONFIG, image_encoder="resnet50", drop_path=0.0))) == []
-
-
-def test_weights_of_a_run_that_skips_blocks_go_on_skipping_them(tmp_path: Path) -> None:
-    config = replace(CONFIG, drop_path=0.3)
+@pytest.mark.parametrize("name", ["resnet50", "tiny_vit_5m_224"])  # of which the second skips some by itself
+def test_no_block_is_skipped_where_that_is_turned_off(name: str, tmp_path: Path) -> None:
+    config = replace(CONFIG, image_encoder=name, image_size=224, drop_path=0.0)
     model, tokenizer = build(config)
     again = load_clip(read_weights(saved(tmp_path / "w.pt", model, tokenizer, config)))
+    assert not any(chances_to_skip(model.image.encoder))
+    assert not any(chances_to_skip(again.image.encoder))
+
+
+@pytest.mark.parametrize("drop_path", [0.0, 0.3])
+def test_the_setting_counts_and_not_what_a_folder_says_of_skipping(drop_path: float, tmp_path: Path) -> None:
+    save_for_hf(timm.create_model("test_resnet"), tmp_path, model_args={"drop_path_rate": 0.5})
+    encoder = build_image_encoder(replace(CONFIG, image_encoder=f"local-dir:{tmp_path}", drop_path=drop_path))
+    assert max(chances_to_skip(encoder)) == pytest.approx(drop_path)
+
+
+def test_weights_of_a_run_that_skips_blocks_go_on_skipping_as_their_config_says(tmp_path: Path) -> None:
+    config = replace(CONFIG, drop_path=0.3)
+    model, tokenizer = build(config)
+    weights = read_weights(saved(tmp_path / "w.pt", model, tokenizer, config))
+    again = load_clip(weights)
     assert chances_to_skip(again.image.encoder) == chances_to_skip(model.image.encoder) != []
     assert torch.equal(embeddings(again, tokenizer, config), embeddings(model, tokenizer, config))
+    weights["image_encoder"]["arguments"]["drop_path_rate"] = 5.0  # as a stranger may write there
+    assert chances_to_skip(load_tower(weights, "image").encoder) == chances_to_skip(model.image.encoder)
+
+
+def test_weights_from_before_blocks_were_skipped_skip_none(packed: Path, tmp_path: Path) -> None:
+    content = torch.load(packed, weights_only=True)
+    del content["config"]["drop_path"]
+    torch.save(content, tmp_path / "old.pt")
+    weights = read_weights(tmp_path / "old.pt")
+    assert weights["config"].drop_path == 0.0
+    assert not any(chances_to_skip(load_tower(weights, "image").encoder))
 
 
 def test_an_image_encoder_whose_blocks_cannot_be_skipped_is_one_line_with_the_way_out() -> None:
