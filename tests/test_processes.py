@@ -202,7 +202,7 @@ def test_synchronised_batch_norm_keeps_the_names_and_values_of_the_weights(monke
 
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> subprocess.CompletedProcess:
-    """`torchrun --nproc_per_node=2 trainer.py`, as the run `trained` of one process."""
+    """`torchrun --nproc_per_node=2 trainer.py`, as the run `trained` of one process but for skipped blocks."""
     folder = tmp_path_factory.mktemp("of two")
     chance = ["--dropout", "0.3", "--drop-path", "0.3"]
     done = torchrun(2, "trainer.py", *TINY, *chance, "--data-dir", str(shapes), cwd=folder)
