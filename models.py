@@ -37,19 +37,20 @@ class ImageEncoder(nn.Module):
     """A timm model without its classifier: `uint8` pixels (B, 3, S, S) to features (B, width). Mean and standard
     deviation are those of timm's config for the model; they are applied here, on the device."""
 
-    def __init__(self, name: str, image_size: int, pretrained: bool = False, **arguments: Any) -> None:
+    def __init__(self, name: str, size: int, pretrained: bool = False, drop_path: float = 0.0, **args: Any) -> None:
         super().__init__()
         import timm  # here, since a search over embedded pictures does without it
 
-        self.model = timm.create_model(name, pretrained=pretrained, **{"num_classes": 0, **arguments})
-        if not arguments.get("drop_path_rate"):  # some encoders skip blocks where nothing is said
+        args = {"num_classes": 0, **args, "drop_path_rate": drop_path or None}  # timm passes None over
+        self.model = timm.create_model(name, pretrained=pretrained, **args)
+        if not drop_path:  # some encoders skip blocks where nothing is said
             for block in (module for module in self.modules() if isinstance(module, timm.layers.DropPath)):
                 block.drop_prob = 0.0
         for statistic in ("mean", "std"):
             values = 255 * torch.tensor(self.model.pretrained_cfg[statistic])  # of pixels from 0 to 255
             self.register_buffer(statistic, values.view(1, 3, 1, 1))
         with torch.no_grad():  # timm's num_features is not always the width of what comes out
-            self.width = self.eval()(torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8)).shape[-1]
+            self.width = self.eval()(torch.zeros(1, 3, size, size, dtype=torch.uint8)).shape[-1]
         self.train()
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -180,17 +181,17 @@ def build_image_encoder(config: Config) -> ImageEncoder:
     """Any timm model at the configured size, with its pretrained weights or without."""
     from timm.models import resolve_model_input_args
 
+    name = config.image_encoder
     try:
         # A model made for one size, such as a ViT, must be told of another.
-        size = resolve_model_input_args(config.image_encoder, {"img_size": config.image_size}).get("img_size")
-        arguments = {"img_size": size, "drop_path_rate": config.drop_path or None}  # timm passes None over
-        encoder = ImageEncoder(config.image_encoder, config.image_size, config.pretrained, **arguments)
+        size = resolve_model_input_args(name, {"img_size": config.image_size}).get("img_size")
+        encoder = ImageEncoder(name, config.image_size, config.pretrained, config.drop_path, img_size=size)
     except Exception as error:  # whatever a wrong name, a damaged folder or an unreachable hub brings about
         if "drop_path_rate" in str(error):
-            raise UserError(f"--image-encoder {config.image_encoder}: cannot skip blocks; add --drop-path 0") from None
-        raise _unavailable("--image-encoder", config.image_encoder, "local-dir:FOLDER", error) from None
+            raise UserError(f"--image-encoder {name}: cannot skip blocks; add --drop-path 0") from None
+        raise _unavailable("--image-encoder", name, "local-dir:FOLDER", error) from None
     if unknown := encoder.model._model_args.keys() - IMAGE_ENCODER_ARGS:
-        raise UserError(f"--image-encoder {config.image_encoder}: cannot be rebuilt from weights, it needs {unknown}")
+        raise UserError(f"--image-encoder {name}: cannot be rebuilt from weights, it needs {unknown}")
     return encoder
 
 
@@ -380,8 +381,7 @@ def _image_encoder(weights: dict[str, Any]) -> ImageEncoder:
     name, arguments = weights["image_encoder"]["name"], weights["image_encoder"]["arguments"]
     if name not in timm.list_models() or not arguments.keys() <= IMAGE_ENCODER_ARGS:
         raise UserError(f"weights: {name!r} with {sorted(arguments)} is not an image encoder that timm has")
-    skipping = {"drop_path_rate": weights["config"].drop_path or None}  # and not what the arguments say of it
-    return ImageEncoder(name, weights["config"].image_size, **{**arguments, **skipping})
+    return ImageEncoder(name, weights["config"].image_size, drop_path=weights["config"].drop_path, **arguments)
 
 
 def _text_encoder(weights: dict[str, Any]) -> TextEncoder:
