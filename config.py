@@ -38,7 +38,9 @@ class UserError(Exception):
     """What the user can put right; `one_line_errors` prints it without a traceback."""
 
     def __init__(self, message: str):
-        if message.startswith(f"Caught UserError in {READER}"):  # inside its traceback, as the last line
+        if message.startswith(
+            f"Caught UserError in {READER}"
+        ):  # inside its traceback, as the last line
             message = message.strip().splitlines()[-1].removeprefix("config.UserError: ")
         super().__init__(" ".join(message.splitlines()))
 
@@ -52,55 +54,100 @@ class Config:
         default="data/flickr8k",
         help="folder with pictures and captions; README shows both layouts. The default one is fetched when absent",
     )
-    download_url: str = HfArg(default=FLICKR8K_URL, help="where the two Flickr8k archives are fetched from")
-    image_size: int = HfArg(default=224, help="side of training pictures, in pixels; what the encoders saw before")
-    max_length: int = HfArg(default=64, help="longer captions are cut, in tokens; Flickr8k's are up to 42 long")
-    augment: bool = HfArg(default=True, help="crop, mirror and recolour training pictures, so that few go further")
+    download_url: str = HfArg(
+        default=FLICKR8K_URL, help="where the two Flickr8k archives are fetched from"
+    )
+    image_size: int = HfArg(
+        default=224, help="side of training pictures, in pixels; what the encoders saw before"
+    )
+    max_length: int = HfArg(
+        default=64, help="longer captions are cut, in tokens; Flickr8k's are up to 42 long"
+    )
+    augment: bool = HfArg(
+        default=True, help="crop, mirror and recolour training pictures, so that few go further"
+    )
     num_workers: int = HfArg(default=-1, help=NUM_WORKERS)
     # model
     image_encoder: str = HfArg(
-        default="resnet50", help="a timm model, or local-dir:FOLDER as timm saves one; ResNet-50 as in the paper"
+        default="resnet50",
+        help="a timm model, or local-dir:FOLDER as timm saves one; ResNet-50 as in the paper",
     )
     text_encoder: str = HfArg(
         default="distilbert-base-uncased",
         help="a transformers text encoder, by name or folder; DistilBERT is BERT at half the cost",
     )
-    pretrained: bool = HfArg(default=True, help="start from pretrained encoders: few pairs cannot teach what they know")
+    pretrained: bool = HfArg(
+        default=True, help="start from pretrained encoders: few pairs cannot teach what they know"
+    )
     freeze_image_encoder: float = HfArg(
         default=0.5,
         help="share of a pretrained image encoder, in tensors from the pixels on, that stays, for speed; 1: all",
     )
-    freeze_text_encoder: float = HfArg(default=0.0, help="the same of a text encoder; 0, as all of it pays (README)")
-    text_layers: int = HfArg(default=0, help="layers of a text encoder from scratch; 0: as its architecture has")
-    text_width: int = HfArg(default=0, help="width of a text encoder from scratch; 0: as its architecture has")
-    projection_dim: int = HfArg(default=256, help="width of the space that pictures and texts share")
-    dropout: float = HfArg(default=0.3, help="share of the projection heads' activations dropped in training")
-    drop_path: float = HfArg(default=0.1, help="highest chance to skip an image encoder's block; against overfitting")
-    temperature: float = HfArg(default=0.07, help="start of the learnt temperature, as in the paper (section 2.4)")
+    freeze_text_encoder: float = HfArg(
+        default=0.0, help="the same of a text encoder; 0, as all of it pays (README)"
+    )
+    text_layers: int = HfArg(
+        default=0, help="layers of a text encoder from scratch; 0: as its architecture has"
+    )
+    text_width: int = HfArg(
+        default=0, help="width of a text encoder from scratch; 0: as its architecture has"
+    )
+    projection_dim: int = HfArg(
+        default=256, help="width of the space that pictures and texts share"
+    )
+    dropout: float = HfArg(
+        default=0.3, help="share of the projection heads' activations dropped in training"
+    )
+    drop_path: float = HfArg(
+        default=0.1, help="highest chance to skip an image encoder's block; against overfitting"
+    )
+    temperature: float = HfArg(
+        default=0.07, help="start of the learnt temperature, as in the paper (section 2.4)"
+    )
     # optimisation
-    epochs: int = HfArg(default=28, help="passes over the pictures, each with another caption drawn")
-    batch_size: int = HfArg(default=128, help="pairs per step, of all processes; each has the others as negatives")
+    epochs: int = HfArg(
+        default=28, help="passes over the pictures, each with another caption drawn"
+    )
+    batch_size: int = HfArg(
+        default=128, help="pairs per step, of all processes; each has the others as negatives"
+    )
     chunk_size: int = HfArg(
         default=0,
         help="pairs of a process whose activations are in memory at a time, for larger batches; a fifth slower; 0: all",
     )
-    image_lr: float = HfArg(default=2e-4, help="peak learning rate of the image encoder: pretrained, so slow")
-    text_lr: float = HfArg(default=1e-4, help="peak learning rate of the text encoder: pretrained, so slow")
-    head_lr: float = HfArg(default=1e-3, help="peak learning rate of projection heads and temperature: new, so fast")
+    image_lr: float = HfArg(
+        default=2e-4, help="peak learning rate of the image encoder: pretrained, so slow"
+    )
+    text_lr: float = HfArg(
+        default=1e-4, help="peak learning rate of the text encoder: pretrained, so slow"
+    )
+    head_lr: float = HfArg(
+        default=1e-3, help="peak learning rate of projection heads and temperature: new, so fast"
+    )
     weight_decay: float = HfArg(default=0.1, help="AdamW's decay, on matrices only")
-    warmup: float = HfArg(default=0.1, help="share of the steps over which the rates rise before their cosine decay")
-    clip_norm: float = HfArg(default=1.0, help="longest gradient; a rare bad batch moves the weights no further")
+    warmup: float = HfArg(
+        default=0.1, help="share of the steps over which the rates rise before their cosine decay"
+    )
+    clip_norm: float = HfArg(
+        default=1.0, help="longest gradient; a rare bad batch moves the weights no further"
+    )
     # the run
     name: str = HfArg(default="clip", help="the run is kept in runs/NAME")
-    seed: int = HfArg(default=0, help="start of every random draw: the same seed gives the same run")
+    seed: int = HfArg(
+        default=0, help="start of every random draw: the same seed gives the same run"
+    )
     device: str = HfArg(default="auto", help=DEVICE)
     precision: str = HfArg(
         default="auto",
         help="of the encoders in training: float32, or bfloat16, in which some CPUs take half the time (README); "
         "auto: bfloat16 on CUDA, or float16 where that lacks it, else float32",
     )
-    demo: bool = HfArg(default=False, help="draw a small data set and train small encoders on it: two CPU minutes")
-    resume: str = HfArg(default="", help="go on from this last.pt, with its settings; may start on another machine")
+    demo: bool = HfArg(
+        default=False, help="draw a small data set and train small encoders on it: two CPU minutes"
+    )
+    resume: str = HfArg(
+        default="", help="go on from this last.pt, with its settings; may start on another machine"
+    )
 
     def __post_init__(self) -> None:
         _require_ranges(
@@ -128,11 +175,17 @@ class Config:
             seed=(0, 2**32 - 1),
         )
         if self.precision not in ("auto", "float32", "bfloat16"):
-            raise ValueError(f"argument --precision: {self.precision!r}, but it is auto, float32 or bfloat16")
+            raise ValueError(
+                f"argument --precision: {self.precision!r}, but it is auto, float32 or bfloat16"
+            )
         if self.chunk_size == 1:
-            raise ValueError("argument --chunk-size: 1, but batch norm needs two pictures at least; or 0 for all")
+            raise ValueError(
+                "argument --chunk-size: 1, but batch norm needs two pictures at least; or 0 for all"
+            )
         if self.name in ("", ".", "..") or "/" in self.name or "\\" in self.name:
-            raise ValueError(f"argument --name: {self.name!r} is not a folder name; runs/NAME must be a folder of runs")
+            raise ValueError(
+                f"argument --name: {self.name!r} is not a folder name; runs/NAME must be a folder of runs"
+            )
 
 
 DEMO = {
@@ -159,19 +212,29 @@ class SearchConfig:
     """What is asked of trained weights."""
 
     weights: str = HfArg(help="best.pt or last.pt of a run")
-    n: int = HfArg(default=8, help="pictures to show for each query; eight fill two rows of the grid")
+    n: int = HfArg(
+        default=8, help="pictures to show for each query; eight fill two rows of the grid"
+    )
     query: list[str] = HfArg(
         default_factory=list,
         metadata={"action": "extend"},
         help="what to look for; may be repeated; - reads a line each from standard input. Without one: a caption that "
         "the weights carry as their example",
     )
-    images: str = HfArg(default="", help="folder of pictures to rank; without one: the test pictures of the data set")
-    image: str = HfArg(default="", help="the other way round: which --query, or else which caption, fits this file")
-    output: str = HfArg(
-        default="matches.png", help="by its ending a picture (.png, .jpg, .pdf, .svg) or a table (.csv)"
+    images: str = HfArg(
+        default="",
+        help="folder of pictures to rank; without one: the test pictures of the data set",
     )
-    evaluate: bool = HfArg(default=False, help="print the recalls on the data set's test split instead")
+    image: str = HfArg(
+        default="", help="the other way round: which --query, or else which caption, fits this file"
+    )
+    output: str = HfArg(
+        default="matches.png",
+        help="by its ending a picture (.png, .jpg, .pdf, .svg) or a table (.csv)",
+    )
+    evaluate: bool = HfArg(
+        default=False, help="print the recalls on the data set's test split instead"
+    )
     num_workers: int = HfArg(default=-1, help=NUM_WORKERS)
     device: str = HfArg(default="auto", help=DEVICE)
 
@@ -180,11 +243,22 @@ class SearchConfig:
         if not all(query.strip() for query in self.query):
             raise ValueError("argument --query: empty, but some words are needed")
         if "-" in self.query and len(self.query) > 1:
-            raise ValueError("argument --query: - reads all queries from standard input, so it stands alone")
+            raise ValueError(
+                "argument --query: - reads all queries from standard input, so it stands alone"
+            )
         if any("\ud800" <= letter <= "\udfff" for letter in "".join(self.query)):
             raise ValueError("argument --query: not UTF-8")
-        if Path(self.output).suffix.lower() not in (".png", ".jpg", ".jpeg", ".pdf", ".svg", ".csv"):
-            raise ValueError(f"argument --output: {self.output}, but it must end in .png, .jpg, .pdf, .svg or .csv")
+        if Path(self.output).suffix.lower() not in (
+            ".png",
+            ".jpg",
+            ".jpeg",
+            ".pdf",
+            ".svg",
+            ".csv",
+        ):
+            raise ValueError(
+                f"argument --output: {self.output}, but it must end in .png, .jpg, .pdf, .svg or .csv"
+            )
 
 
 def _require_ranges(settings: Any, **ranges: tuple[float, float]) -> None:
@@ -192,7 +266,9 @@ def _require_ranges(settings: Any, **ranges: tuple[float, float]) -> None:
     for name, (low, high) in ranges.items():
         value = getattr(settings, name)
         if not low <= value <= high:
-            raise ValueError(f"argument --{name.replace('_', '-')}: {value}, but {low} to {high} is allowed")
+            raise ValueError(
+                f"argument --{name.replace('_', '-')}: {value}, but {low} to {high} is allowed"
+            )
 
 
 class _Parser(HfArgumentParser):
@@ -205,7 +281,9 @@ Settings = TypeVar("Settings", Config, SearchConfig)
 
 
 def parse(
-    settings: type[Settings], argv: list[str] | None = None, defaults: Mapping[str, Any] | None = None
+    settings: type[Settings],
+    argv: list[str] | None = None,
+    defaults: Mapping[str, Any] | None = None,
 ) -> Settings:
     """Turns a command line (default: `sys.argv`) into `settings`.
 
@@ -243,7 +321,9 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
     def script(argv: list[str] | None = None) -> None:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors="backslashreplace")  # a file may have a name that no terminal can show
+                stream.reconfigure(
+                    errors="backslashreplace"
+                )  # a file may have a name that no terminal can show
         try:
             main(argv)
         except UserError as error:
@@ -253,10 +333,16 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
             sys.exit(f"error: out of memory, {advice}: {str(error).splitlines()[0]}")
         except (RuntimeError, ConnectionResetError, ConnectionRefusedError) as error:
             if dist.is_initialized() and re.search("gloo|NCCL", str(error)):
-                sys.exit(f"error: this process cannot go on without the others: {str(error).splitlines()[0]}")
-            if READER not in str(error) and not isinstance(error, ConnectionError):  # to a dead reader
+                sys.exit(
+                    f"error: this process cannot go on without the others: {str(error).splitlines()[0]}"
+                )
+            if READER not in str(error) and not isinstance(
+                error, ConnectionError
+            ):  # to a dead reader
                 raise
-            sys.exit(f"error: a process that reads pictures died, try --num-workers 0: {' '.join(str(error).split())}")
+            sys.exit(
+                f"error: a process that reads pictures died, try --num-workers 0: {' '.join(str(error).split())}"
+            )
         except (KeyboardInterrupt, EOFError):
             sys.exit("stopped")
         except BrokenPipeError:  # whoever read the output has seen enough
@@ -281,7 +367,13 @@ def pick_device(name: str) -> torch.device:
     Of the processes that torchrun starts on a machine, each takes a GPU of its own.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
@@ -313,7 +405,11 @@ class Process:
         if config.precision != "auto":
             precision = getattr(torch, config.precision)
         elif device.type == "cuda":
-            precision = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+            precision = (
+                torch.bfloat16
+                if torch.cuda.is_bf16_supported(including_emulation=False)
+                else torch.float16
+            )
         if not dist.is_torchelastic_launched():
             return cls(device, precision, rank=0, count=1)
         # Hours, as the others wait while the first fetches data or validates; of a death torchrun tells the others.
@@ -328,7 +424,9 @@ class Process:
     def rows(self, batch_size: int) -> slice:
         """Which pairs of each batch are its own."""
         if batch_size % self.count:
-            raise UserError(f"--batch-size {batch_size}: cannot be shared evenly among {self.count} processes")
+            raise UserError(
+                f"--batch-size {batch_size}: cannot be shared evenly among {self.count} processes"
+            )
         share = batch_size // self.count
         return slice(self.rank * share, (self.rank + 1) * share)
 
@@ -336,7 +434,9 @@ class Process:
         """The model as each process trains it: with the same weights, and the mean of all gradients."""
         if self.count == 1:
             return model
-        if self.device.type == "cuda":  # batch norm in training mode sees the whole batch; torch has it for CUDA alone
+        if (
+            self.device.type == "cuda"
+        ):  # batch norm in training mode sees the whole batch; torch has it for CUDA alone
             from timm.layers import convert_sync_batchnorm
 
             convert_sync_batchnorm(model)
@@ -381,7 +481,9 @@ def keep_freed_memory() -> None:
 
 def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Replaces `path` at once: at no instant is it missing or half-written, even if the process is killed."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two processes may build the same index
+    beside = path.with_name(
+        f"{path.name}.{os.getpid()}.tmp"
+    )  # two processes may build the same index
     try:
         with beside.open("wb") as file:
             write(file)
@@ -390,7 +492,9 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         beside.replace(path)
     except (OSError, RuntimeError) as error:
         cause = error.__context__ or error  # torch wraps what it meets
-        if isinstance(cause, KeyboardInterrupt) or READER in str(cause):  # neither is about the file
+        if isinstance(cause, KeyboardInterrupt) or READER in str(
+            cause
+        ):  # neither is about the file
             raise cause from None
         reason = getattr(cause, "strerror", None) or error
         raise UserError(f"{path}: could not be written, what was there stands: {reason}") from None

@@ -33,8 +33,18 @@ from config import Config, UserError, progress
 SPLITS = ("train", "dev", "test")
 ARCHIVES = ("Flickr8k_Dataset.zip", "Flickr8k_text.zip")
 TEXT_GROUPS = 4  # of a batch's captions on the CPU, each padded to its own longest; a GPU would wait for its kernels
-UPRIGHT = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
-Row = tuple[str, str, str]  # of a caption file: where it stands there, the picture's name, the caption
+UPRIGHT = (
+    "FLIP_LEFT_RIGHT",
+    "ROTATE_180",
+    "FLIP_TOP_BOTTOM",
+    "TRANSPOSE",
+    "ROTATE_270",
+    "TRANSVERSE",
+    "ROTATE_90",
+)
+Row = tuple[
+    str, str, str
+]  # of a caption file: where it stands there, the picture's name, the caption
 
 
 @dataclass(frozen=True)
@@ -66,29 +76,45 @@ def read_splits(data_dir: str | Path) -> dict[str, Split]:
     captions = _captions_by_picture(rows, pictures, captions_file)
     lists = _read_lists(captions_file.parent) or _draw_lists(sorted(captions))
     unlisted = captions.keys() - set().union(*lists.values())
-    wordless = {path.relative_to(pictures).as_posix() for path in list_pictures(pictures)} - captions.keys()
+    wordless = {
+        path.relative_to(pictures).as_posix() for path in list_pictures(pictures)
+    } - captions.keys()
     if unlisted or wordless:
-        print(f"data: left out {len(unlisted)} pictures in no split list and {len(wordless)} without a caption")
+        print(
+            f"data: left out {len(unlisted)} pictures in no split list and {len(wordless)} without a caption"
+        )
     splits = {}
     for split, listed in lists.items():
         if not (names := sorted(listed & captions.keys())):
-            raise UserError(f"{folder}: the {split} split is empty; its pictures were looked for in {pictures}")
-        splits[split] = Split([pictures / name for name in names], [captions[name] for name in names])
+            raise UserError(
+                f"{folder}: the {split} split is empty; its pictures were looked for in {pictures}"
+            )
+        splits[split] = Split(
+            [pictures / name for name in names], [captions[name] for name in names]
+        )
     sizes = ", ".join(f"{split} {len(part.paths):,}" for split, part in splits.items())
-    print(f"data: {folder}, {len(captions):,} pictures, {sum(map(len, captions.values())):,} captions; {sizes}")
+    print(
+        f"data: {folder}, {len(captions):,} pictures, {sum(map(len, captions.values())):,} captions; {sizes}"
+    )
     return splits
 
 
-def _captions_by_picture(rows: Iterable[Row], pictures: Path, captions_file: Path) -> dict[str, list[str]]:
+def _captions_by_picture(
+    rows: Iterable[Row], pictures: Path, captions_file: Path
+) -> dict[str, list[str]]:
     """The captions of each picture that exists; Flickr8k itself has five of a picture that it lacks."""
     captions: dict[str, list[str]] = {}
     for where, name, caption in rows:
         if not name or Path(name).is_absolute() or ".." in Path(name).parts:
-            raise UserError(f"{where}: picture {name!r} is not the name of a file inside {pictures}")
+            raise UserError(
+                f"{where}: picture {name!r} is not the name of a file inside {pictures}"
+            )
         if caption := " ".join(caption.split()):
             captions.setdefault(Path(name).as_posix(), []).append(caption)
     total = sum(map(len, captions.values()))
-    lost = {name: captions.pop(name) for name in list(captions) if not os.path.lexists(pictures / name)}
+    lost = {
+        name: captions.pop(name) for name in list(captions) if not os.path.lexists(pictures / name)
+    }
     if lost:
         count = sum(map(len, lost.values()))
         message = f"{captions_file}: {count:,} of {total:,} captions have no picture in {pictures}: {next(iter(lost))}"
@@ -106,7 +132,9 @@ def _find_layout(folder: Path) -> tuple[Path, Path, Iterator[Row]]:
             return folder / "Flicker8k_Dataset", tokens, _read_tokens(tokens)
     if (table := folder / "captions.txt").is_file() and (folder / "Images").is_dir():
         return folder / "Images", table, _read_table(table)
-    raise UserError(f"{folder}: found neither Flicker8k_Dataset/ with Flickr8k.token.txt nor Images/ with captions.txt")
+    raise UserError(
+        f"{folder}: found neither Flicker8k_Dataset/ with Flickr8k.token.txt nor Images/ with captions.txt"
+    )
 
 
 def _read_text(path: Path) -> str:
@@ -142,7 +170,9 @@ def _read_table(path: Path) -> Iterator[Row]:
             if not any(cell.strip() for cell in cells):
                 continue
             if len(cells) != len(columns):
-                raise csv.Error(f"{len(cells)} cells under {len(columns)} columns; quote captions that hold commas")
+                raise csv.Error(
+                    f"{len(cells)} cells under {len(columns)} columns; quote captions that hold commas"
+                )
             row = dict(zip(columns, cells))
             yield f"{path}, row {reader.line_num}", row["image"].strip(), row["caption"]
     except csv.Error as error:
@@ -155,7 +185,10 @@ def _read_lists(folder: Path) -> dict[str, set[str]]:
     if not any(file.exists() for file in files.values()):
         return {}
     lines = {split: _read_text(file).splitlines() for split, file in files.items()}
-    names = {split: {Path(line.strip()).as_posix() for line in lines[split] if line.strip()} for split in SPLITS}
+    names = {
+        split: {Path(line.strip()).as_posix() for line in lines[split] if line.strip()}
+        for split in SPLITS
+    }
     for one, other in itertools.combinations(SPLITS, 2):
         if both := names[one] & names[other]:
             raise UserError(f"{files[other]}: {min(both)} is in the {one} split too")
@@ -165,9 +198,17 @@ def _read_lists(folder: Path) -> dict[str, set[str]]:
 def _draw_lists(names: list[str]) -> dict[str, set[str]]:
     """Splits by picture, so that no test picture is trained on with another of its captions."""
     held = min(len(names) // 10, 1000)  # Flickr8k holds out as many
-    print(f"data: no split lists; by their names {held} pictures are held out for dev and {held} for test")
-    order = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())  # more pictures move few
-    return {"train": set(order[2 * held :]), "dev": set(order[:held]), "test": set(order[held : 2 * held])}
+    print(
+        f"data: no split lists; by their names {held} pictures are held out for dev and {held} for test"
+    )
+    order = sorted(
+        names, key=lambda name: hashlib.sha256(name.encode()).digest()
+    )  # more pictures move few
+    return {
+        "train": set(order[2 * held :]),
+        "dev": set(order[:held]),
+        "test": set(order[held : 2 * held]),
+    }
 
 
 def fetch_flickr8k(folder: Path, base_url: str) -> None:
@@ -185,10 +226,15 @@ def fetch_flickr8k(folder: Path, base_url: str) -> None:
             with zipfile.ZipFile(archive) as members:
                 if damaged := members.testzip():
                     raise OSError(f"{damaged} in it is damaged")
-                if any(".." in Path(member).parts or Path(member).is_absolute() for member in members.namelist()):
+                if any(
+                    ".." in Path(member).parts or Path(member).is_absolute()
+                    for member in members.namelist()
+                ):
                     raise OSError("a member of it climbs out of its folder")
                 members.extractall(unpacked)
-        except Exception as error:  # whatever a wrong address, a broken transfer or a damaged archive brings about
+        except (
+            Exception
+        ) as error:  # whatever a wrong address, a broken transfer or a damaged archive brings about
             by_hand = f"unpack {' and '.join(ARCHIVES)} into {folder}, give another --data-dir, or try --demo"
             raise UserError(f"{url}: {error}. Run it again, or {by_hand}") from None
         archive.unlink()
@@ -204,16 +250,34 @@ def _empty_beside(folder: Path) -> Path:
 
 
 SIZES = {"small": 10, "large": 20}  # radius in pixels of 128
-COLOURS = {"red": "#d62728", "green": "#2c8c3c", "blue": "#1f5ac8", "yellow": "#ebc814", "purple": "#823cb4"}
-SHAPES = {"circle": (60, 0), "triangle": (3, 0), "square": (4, 0), "diamond": (4, 45)}  # corners, and turned by
-PLACES = {"top left": (26, 26), "top right": (102, 26), "centre": (64, 64)}  # of the middle, in pixels of 128
+COLOURS = {
+    "red": "#d62728",
+    "green": "#2c8c3c",
+    "blue": "#1f5ac8",
+    "yellow": "#ebc814",
+    "purple": "#823cb4",
+}
+SHAPES = {
+    "circle": (60, 0),
+    "triangle": (3, 0),
+    "square": (4, 0),
+    "diamond": (4, 45),
+}  # corners, and turned by
+PLACES = {
+    "top left": (26, 26),
+    "top right": (102, 26),
+    "centre": (64, 64),
+}  # of the middle, in pixels of 128
 PLACES |= {"bottom left": (26, 102), "bottom right": (102, 102)}
 WORDINGS = (  # of one shape, and what joins several
     ("a {size} {colour} {shape} at the {place}", " and "),
     ("{place}: {size} {colour} {shape}", "; "),
     ("the {place} holds a {size} {shape} in {colour}", " and "),
     ("one {colour} {shape}, {size}, in the {place}", ", with "),
-    ("there is a {colour} {shape} at the {place}", ", and "),  # as people ask, who seldom say the size
+    (
+        "there is a {colour} {shape} at the {place}",
+        ", and ",
+    ),  # as people ask, who seldom say the size
 )
 
 
@@ -234,10 +298,14 @@ def draw_shapes(folder: Path, train: int = 5000, dev: int = 200, test: int = 200
     for name, scene in zip(progress(names, f"drawing {folder}"), scenes.values()):
         _draw_scene(scene, rng).save(drawing / "Images" / name)
         for words, joint in WORDINGS:
-            rows.append((name, joint.join(rng.permutation([words.format(**thing) for thing in scene]))))
+            rows.append(
+                (name, joint.join(rng.permutation([words.format(**thing) for thing in scene])))
+            )
     with (drawing / "captions.txt").open("w", newline="") as file:
         csv.writer(file).writerows(rows)
-    for split, part in zip(SPLITS, (names[:train], names[train : train + dev], names[train + dev :])):
+    for split, part in zip(
+        SPLITS, (names[:train], names[train : train + dev], names[train + dev :])
+    ):
         (drawing / f"Flickr_8k.{split}Images.txt").write_text("\n".join(part))
     drawing.rename(folder)
 
@@ -245,7 +313,10 @@ def draw_shapes(folder: Path, train: int = 5000, dev: int = 200, test: int = 200
 def _invent_scene(rng: np.random.Generator) -> list[dict[str, str]]:
     kinds = {"size": list(SIZES), "colour": list(COLOURS), "shape": list(SHAPES)}
     places = rng.choice(list(PLACES), size=rng.integers(2, 4), replace=False)
-    return [{kind: str(rng.choice(words)) for kind, words in kinds.items()} | {"place": str(at)} for at in places]
+    return [
+        {kind: str(rng.choice(words)) for kind, words in kinds.items()} | {"place": str(at)}
+        for at in places
+    ]
 
 
 def _draw_scene(scene: list[dict[str, str]], rng: np.random.Generator) -> Image.Image:
@@ -253,7 +324,9 @@ def _draw_scene(scene: list[dict[str, str]], rng: np.random.Generator) -> Image.
     for thing in scene:
         x, y = PLACES[thing["place"]] + rng.uniform(-4, 4, size=2)
         circle, (corners, turn) = (x, y, SIZES[thing["size"]]), SHAPES[thing["shape"]]
-        ImageDraw.Draw(picture).regular_polygon(circle, corners, turn, fill=COLOURS[thing["colour"]])
+        ImageDraw.Draw(picture).regular_polygon(
+            circle, corners, turn, fill=COLOURS[thing["colour"]]
+        )
     return picture
 
 
@@ -278,10 +351,16 @@ def open_picture(path: Path) -> Iterator[Image.Image]:
 def read_picture(path: Path) -> np.ndarray:
     """The picture as (H, W, 3) `uint8`: upright, alpha over white, 16 bits scaled to 8; raises as `open_picture`."""
     with open_picture(path) as picture:
-        orientation = picture.getexif().get(ExifTags.Base.Orientation)  # 1: upright; UPRIGHT undoes 2 to 8
-        if orientation in range(2, 9):  # not Pillow's exif_transpose, which fails where the rest of the EXIF is damaged
+        orientation = picture.getexif().get(
+            ExifTags.Base.Orientation
+        )  # 1: upright; UPRIGHT undoes 2 to 8
+        if orientation in range(
+            2, 9
+        ):  # not Pillow's exif_transpose, which fails where the rest of the EXIF is damaged
             picture = picture.transpose(Image.Transpose[UPRIGHT[orientation - 2]])
-        if picture.mode.startswith("I"):  # 16 bits, which Pillow's own conversion would clip to white
+        if picture.mode.startswith(
+            "I"
+        ):  # 16 bits, which Pillow's own conversion would clip to white
             picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8))
         if picture.has_transparency_data:
             picture = picture.convert("RGBA")
@@ -294,14 +373,22 @@ class Transform:
     `draw` decides square, crop, brightness, contrast, saturation, and a mirror image where the caption allows it."""
 
     def __init__(self, size: int) -> None:
-        os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # or it asks the network for its newest version
+        os.environ["NO_ALBUMENTATIONS_UPDATE"] = (
+            "1"  # or it asks the network for its newest version
+        )
         import albumentations as A  # here, as a search over pictures that are already embedded needs none of it
         import cv2
 
         cv2.setNumThreads(0)  # its threads would not survive the fork into a loader worker
-        self.resize = A.Resize(size, size, area_for_downscale="image")  # averages to shrink, lest patterns alias
-        crop = A.RandomResizedCrop((size, size), (0.35, 1.0), ratio=(0.8, 1.25), area_for_downscale="image")
-        jitter = A.ColorJitter(brightness=(0.7, 1.3), contrast=(0.7, 1.3), saturation=(0.7, 1.3), hue=(0, 0), p=0.8)
+        self.resize = A.Resize(
+            size, size, area_for_downscale="image"
+        )  # averages to shrink, lest patterns alias
+        crop = A.RandomResizedCrop(
+            (size, size), (0.35, 1.0), ratio=(0.8, 1.25), area_for_downscale="image"
+        )
+        jitter = A.ColorJitter(
+            brightness=(0.7, 1.3), contrast=(0.7, 1.3), saturation=(0.7, 1.3), hue=(0, 0), p=0.8
+        )
         self.augment = A.Compose([crop, jitter])
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
@@ -338,7 +425,9 @@ class TrainingPictures(Dataset):
         captions = self.split.captions[picture]
         caption = captions[rng.integers(len(captions))]
         pixels = read_picture(self.split.paths[picture])
-        return self.transform.draw(pixels, caption, rng) if self.augment else self.transform(pixels), caption
+        return self.transform.draw(pixels, caption, rng) if self.augment else self.transform(
+            pixels
+        ), caption
 
 
 class EpochBatches(Sampler):
@@ -346,7 +435,13 @@ class EpochBatches(Sampler):
     batch is dropped. The epoch goes along since workers that are kept alive never see a changed attribute."""
 
     def __init__(self, pictures: int, batch_size: int, seed: int, rows: slice) -> None:
-        self.pictures, self.batch_size, self.seed, self.rows, self.epoch = pictures, batch_size, seed, rows, 0
+        self.pictures, self.batch_size, self.seed, self.rows, self.epoch = (
+            pictures,
+            batch_size,
+            seed,
+            rows,
+            0,
+        )
 
     def __len__(self) -> int:
         return self.pictures // self.batch_size
@@ -365,10 +460,14 @@ def stack(pictures: Iterable[np.ndarray]) -> torch.Tensor:
 def tokenize(tokenizer: Tokenizer, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and mask, both (B, T) `int64`; T is the length of the longest of these texts."""
     encodings = tokenizer.encode_batch(texts)
-    return torch.tensor([e.ids for e in encodings]), torch.tensor([e.attention_mask for e in encodings])
+    return torch.tensor([e.ids for e in encodings]), torch.tensor(
+        [e.attention_mask for e in encodings]
+    )
 
 
-def collate(items: list[tuple[np.ndarray, str]], tokenizer: Tokenizer, group_size: int) -> tuple[torch.Tensor, list]:
+def collate(
+    items: list[tuple[np.ndarray, str]], tokenizer: Tokenizer, group_size: int
+) -> tuple[torch.Tensor, list]:
     """Items of `TrainingPictures` to one batch: pixels, and token ids and mask of each group of captions.
 
     The pairs come by the length of their captions, and a group is padded to its own longest: of a batch padded as a
@@ -376,25 +475,49 @@ def collate(items: list[tuple[np.ndarray, str]], tokenizer: Tokenizer, group_siz
     """
     pictures, captions = zip(*sorted(items, key=lambda item: len(item[1])))
     starts = range(0, len(items), group_size)
-    return stack(pictures), [tokenize(tokenizer, list(captions[start : start + group_size])) for start in starts]
+    return stack(pictures), [
+        tokenize(tokenizer, list(captions[start : start + group_size])) for start in starts
+    ]
 
 
-def loader(dataset: Dataset, workers: int, device: torch.device, collate_fn: Callable, **options: Any) -> DataLoader:
+def loader(
+    dataset: Dataset, workers: int, device: torch.device, collate_fn: Callable, **options: Any
+) -> DataLoader:
     """A `DataLoader` that leaves torch's own generator alone, which dropout draws from; for -1 see `NUM_WORKERS`."""
     if workers < 0:
-        cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of each of torchrun's processes
+        cores = os.cpu_count() // int(
+            os.environ.get("LOCAL_WORLD_SIZE", 1)
+        )  # of each of torchrun's processes
         workers = 4 if device.type == "cpu" else max(4, min(cores, 16))
-    warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores do no harm here
-    options |= {"pin_memory": device.type == "cuda", "persistent_workers": workers > 0, "generator": torch.Generator()}
+    warnings.filterwarnings(
+        "ignore", "This DataLoader will create"
+    )  # more workers than cores do no harm here
+    options |= {
+        "pin_memory": device.type == "cuda",
+        "persistent_workers": workers > 0,
+        "generator": torch.Generator(),
+    }
     return DataLoader(dataset, num_workers=workers, collate_fn=collate_fn, **options)
 
 
 def training_loader(
-    split: Split, tokenizer: Tokenizer, config: Config, device: torch.device, rows: slice = slice(None)
+    split: Split,
+    tokenizer: Tokenizer,
+    config: Config,
+    device: torch.device,
+    rows: slice = slice(None),
 ) -> DataLoader:
     """Batches for one epoch after another, or of each batch the `rows`; set `batch_sampler.epoch` before each."""
     own = len(range(config.batch_size)[rows])  # pairs of a batch
-    group_size = min(math.ceil(own / TEXT_GROUPS) if device.type == "cpu" else own, config.chunk_size or own)
+    group_size = min(
+        math.ceil(own / TEXT_GROUPS) if device.type == "cpu" else own, config.chunk_size or own
+    )
     make_batch = partial(collate, tokenizer=tokenizer, group_size=group_size)
     batches = EpochBatches(len(split.paths), config.batch_size, config.seed, rows)
-    return loader(TrainingPictures(split, config), config.num_workers, device, make_batch, batch_sampler=batches)
+    return loader(
+        TrainingPictures(split, config),
+        config.num_workers,
+        device,
+        make_batch,
+        batch_sampler=batches,
+    )

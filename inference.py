@@ -24,13 +24,25 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from config import Config, SearchConfig, UserError, asked, one_line_errors, parse, pick_device, progress, write_whole
+from config import (
+    Config,
+    SearchConfig,
+    UserError,
+    asked,
+    one_line_errors,
+    parse,
+    pick_device,
+    progress,
+    write_whole,
+)
 from data import Split, Transform, list_pictures, loader, read_picture, read_splits, stack, tokenize
 from models import SEARCH_SCALE, Tower, load_tower, read_weights, search_size
 
 RECALLS_AT = (1, 5, 10)
 SCORES_AT_ONCE = 2**24  # of a block of the ranking: 64 MB
-METRICS = [f"{way}_{name}" for way in ("t2i", "i2t") for name in (*(f"r{k}" for k in RECALLS_AT), "medr")]
+METRICS = [
+    f"{way}_{name}" for way in ("t2i", "i2t") for name in (*(f"r{k}" for k in RECALLS_AT), "medr")
+]
 
 
 # ---------------------------------------------------------------- embedding
@@ -59,10 +71,20 @@ def embed_pictures(
     """Unit vectors (R, D) of the R readable ones of `paths`, in order, and what is wrong with each of the others."""
     # On the CPU the encoder needs every core, and forking off it now would have each of its gigabytes' pages copied.
     workers = 0 if device.type == "cpu" and config.num_workers < 0 else config.num_workers
-    batches = loader(_Readable(paths, search_size(image, config)), workers, device, collate_fn=list, batch_size=64)
+    batches = loader(
+        _Readable(paths, search_size(image, config)),
+        workers,
+        device,
+        collate_fn=list,
+        batch_size=64,
+    )
     embeddings, rows, broken = torch.empty(len(paths), config.projection_dim), 0, {}
     for items in progress(batches, "embedding pictures", leave=False):
-        broken |= {rows + len(broken) + i: item for i, item in enumerate(items) if isinstance(item, UserError)}
+        broken |= {
+            rows + len(broken) + i: item
+            for i, item in enumerate(items)
+            if isinstance(item, UserError)
+        }
         if readable := [item for item in items if isinstance(item, np.ndarray)]:
             embeddings[rows : rows + len(readable)] = image(stack(readable).to(device)).cpu()
             rows += len(readable)
@@ -71,10 +93,15 @@ def embed_pictures(
 
 @torch.inference_mode()
 def embed_texts(
-    encode_text: Callable[[Tensor, Tensor], Tensor], tokenizer: Tokenizer, texts: list[str], device: torch.device
+    encode_text: Callable[[Tensor, Tensor], Tensor],
+    tokenizer: Tokenizer,
+    texts: list[str],
+    device: torch.device,
 ) -> Tensor:
     """Unit vectors (Q, D) on the CPU, in the order of `texts`."""
-    by_length = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # so that little of a batch is padding
+    by_length = sorted(
+        range(len(texts)), key=lambda i: len(texts[i])
+    )  # so that little of a batch is padding
     embeddings = []
     for start in progress(range(0, len(texts), 256), "embedding texts", leave=False):
         ids, mask = tokenize(tokenizer, [texts[i] for i in by_length[start : start + 256]])
@@ -90,7 +117,9 @@ def cosines(left: Tensor, right: Tensor) -> Tensor:
     return torch.from_numpy(left.numpy() @ right.numpy().T)
 
 
-def top_matches(query_embeddings: Tensor, image_embeddings: Tensor, n: int) -> tuple[Tensor, Tensor]:
+def top_matches(
+    query_embeddings: Tensor, image_embeddings: Tensor, n: int
+) -> tuple[Tensor, Tensor]:
     """The n best pictures of each query: cosines and positions, both (Q, min(n, N)), best first.
 
     Exact; a block of the pictures at a time, so that memory does not grow with their number.
@@ -101,9 +130,13 @@ def top_matches(query_embeddings: Tensor, image_embeddings: Tensor, n: int) -> t
     for start in range(0, len(images), block):
         scores = queries @ images[start : start + block].T  # (Q, D) @ (D, b)
         columns = np.broadcast_to(np.arange(scores.shape[1]), scores.shape)
-        if (groups := scores.shape[1] // 64) > n:  # the best are in the n groups of 64 with the largest maxima
+        if (
+            groups := scores.shape[1] // 64
+        ) > n:  # the best are in the n groups of 64 with the largest maxima
             maxima = scores[:, : 64 * groups].reshape(-1, 64, groups).max(axis=1)  # (Q, groups)
-            members = _largest(maxima, columns, n)[1][:, :, None] + groups * np.arange(64)  # (Q, n, 64)
+            members = _largest(maxima, columns, n)[1][:, :, None] + groups * np.arange(
+                64
+            )  # (Q, n, 64)
             columns = np.hstack([members.reshape(len(queries), -1), columns[:, 64 * groups :]])
             scores = np.take_along_axis(scores, columns, axis=1)
         found = _largest(scores, start + columns, n)
@@ -130,11 +163,16 @@ def retrieval_metrics(
 
     `image_embeddings` (N, D), `text_embeddings` (M, D), `picture_of_text` (M,): which of the N each text belongs to.
     """
-    text_to_image, image_to_text = torch.empty(len(text_embeddings)), torch.empty(len(image_embeddings))  # ranks
+    text_to_image, image_to_text = (
+        torch.empty(len(text_embeddings)),
+        torch.empty(len(image_embeddings)),
+    )  # ranks
     for start in range(0, len(text_embeddings), block):
         scores = cosines(text_embeddings[start : start + block], image_embeddings)  # (b, N)
         right = scores.gather(1, picture_of_text[start : start + block, None])  # (b, 1)
-        text_to_image[start : start + block] = (~(scores < right)).sum(dim=1)  # itself, and what is not worse
+        text_to_image[start : start + block] = (~(scores < right)).sum(
+            dim=1
+        )  # itself, and what is not worse
     for start in range(0, len(image_embeddings), block):
         scores = cosines(image_embeddings[start : start + block], text_embeddings)  # (b, M)
         own = picture_of_text == torch.arange(start, start + len(scores))[:, None]  # (b, M)
@@ -152,7 +190,12 @@ def recall_at_k(ranks: Tensor, k: int) -> float:
 
 
 def evaluate(
-    image: Tower, text: Tower, tokenizer: Tokenizer, split: Split, config: Config, device: torch.device
+    image: Tower,
+    text: Tower,
+    tokenizer: Tokenizer,
+    split: Split,
+    config: Config,
+    device: torch.device,
 ) -> dict[str, float]:
     """`retrieval_metrics` of a split: each picture once, and all its captions."""
     images, broken = embed_pictures(image, split.paths, config, device)
@@ -207,21 +250,35 @@ class Searcher:
         query_embeddings = embed_texts(self.text_tower, self.tokenizer, queries, self.device)
         scores, positions = top_matches(query_embeddings, image_embeddings, n)
         if not scores.isfinite().all():
-            raise UserError(f"{self.weights_path}: the weights are damaged, cosines are not numbers")
+            raise UserError(
+                f"{self.weights_path}: the weights are damaged, cosines are not numbers"
+            )
         return [
-            [Match(query, rank, score, paths[at]) for rank, (score, at) in enumerate(zip(*found), start=1)]
+            [
+                Match(query, rank, score, paths[at])
+                for rank, (score, at) in enumerate(zip(*found), start=1)
+            ]
             for query, *found in zip(queries, scores.tolist(), positions.tolist())
         ]
 
     def classify(self, image: str | Path, texts: list[str], n: int = 8) -> list[Match]:
         """The n most probable of `texts` for a picture: zero-shot classification, section 3.1 of the paper."""
-        pixels = stack([Transform(search_size(self.image_tower, self.config))(read_picture(Path(image)))])
+        pixels = stack(
+            [Transform(search_size(self.image_tower, self.config))(read_picture(Path(image)))]
+        )
         with torch.inference_mode():
             embedding = self.image_tower(pixels.to(self.device)).cpu()
         text_embeddings = embed_texts(self.text_tower, self.tokenizer, texts, self.device)
-        logits = self.weights["model"]["logit_scale"].exp() * cosines(embedding, text_embeddings)[0]  # (Q,)
-        scores, positions = (found.tolist() for found in logits.softmax(dim=0).topk(min(n, len(texts))))
-        return [Match(texts[at], i + 1, score, Path(image)) for i, (score, at) in enumerate(zip(scores, positions))]
+        logits = (
+            self.weights["model"]["logit_scale"].exp() * cosines(embedding, text_embeddings)[0]
+        )  # (Q,)
+        scores, positions = (
+            found.tolist() for found in logits.softmax(dim=0).topk(min(n, len(texts)))
+        )
+        return [
+            Match(texts[at], i + 1, score, Path(image))
+            for i, (score, at) in enumerate(zip(scores, positions))
+        ]
 
     def embed(self, images: str = "") -> tuple[list[Path], Tensor]:
         """The readable pictures and their embeddings (N, D), from the index beside the weights as far as it has them.
@@ -241,9 +298,13 @@ class Searcher:
             return paths, torch.from_numpy(embeddings)
         rows = {state: row for row, state in enumerate(known)}
         if new := [i for i, state in enumerate(states) if state not in rows]:
-            fresh, broken = embed_pictures(self.image_tower, [paths[i] for i in new], self.config, self.device)
+            fresh, broken = embed_pictures(
+                self.image_tower, [paths[i] for i in new], self.config, self.device
+            )
             if broken:
-                print(f"skipped {len(broken)} of {len(paths)} pictures:", *broken.values(), sep="\n  ")
+                print(
+                    f"skipped {len(broken)} of {len(paths)} pictures:", *broken.values(), sep="\n  "
+                )
             readable = [i for position, i in enumerate(new) if position not in broken]
             rows |= {states[i]: len(known) + row for row, i in enumerate(readable)}
             embeddings = np.concatenate([embeddings, fresh.numpy()])
@@ -258,7 +319,9 @@ class Searcher:
         """That of the data set that the weights were trained on; raises `UserError` where it is not here."""
         if Path(self.config.data_dir).is_dir():
             return read_splits(self.config.data_dir)["test"]
-        raise UserError(f"{self.config.data_dir}, where the weights were trained, is not here; give --images")
+        raise UserError(
+            f"{self.config.data_dir}, where the weights were trained, is not here; give --images"
+        )
 
 
 def _state(path: Path) -> tuple[str, int, int]:
@@ -292,7 +355,9 @@ class _Index:
             if content["weights"] != self.weights:
                 return nothing
             states = [tuple(state) for state in content["pictures"]]
-            embeddings = np.load(self.folder / f"{self.name}-{_digest(text)}.npy", mmap_mode="c", allow_pickle=False)
+            embeddings = np.load(
+                self.folder / f"{self.name}-{_digest(text)}.npy", mmap_mode="c", allow_pickle=False
+            )
             fits = embeddings.shape == (len(states), self.width) and embeddings.dtype == np.float32
             if not fits or not np.isfinite(embeddings @ np.ones(self.width, np.float32)).all():
                 raise ValueError("its array does not fit its list")
@@ -325,10 +390,16 @@ def _digest(text: str) -> str:
 def show(matches: list[list[Match]], output: Path, of_picture: bool = False) -> None:
     """Prints the matches of each query, or the texts `of_picture`, and saves them: a table or a picture by `output`."""
     for found in matches:
-        title, score, column = (found[0].path, "prob.", "text") if of_picture else (found[0].query, "cosine", "picture")
+        title, score, column = (
+            (found[0].path, "prob.", "text")
+            if of_picture
+            else (found[0].query, "cosine", "picture")
+        )
         print(f"\n{title}\nrank  {score:>6}  {column}")
         for match in found:
-            print(f"{match.rank:4}  {match.score:6.3f}  {match.query if of_picture else match.path}")
+            print(
+                f"{match.rank:4}  {match.score:6.3f}  {match.query if of_picture else match.path}"
+            )
     if output.suffix.lower() == ".csv":
         import pandas as pd  # here, as a search that draws does without it
 
@@ -343,17 +414,25 @@ def show(matches: list[list[Match]], output: Path, of_picture: bool = False) -> 
 def draw_matches(matches: list[list[Match]]) -> Figure:
     """A grid: each query, and below it its matches with rank, cosine and file name."""
     n = max(len(found) for found in matches)
-    columns = min(n, min(range(4, 9), key=lambda width: -n % width))  # as few empty places as can be
+    columns = min(
+        n, min(range(4, 9), key=lambda width: -n % width)
+    )  # as few empty places as can be
     rows = math.ceil(n / columns)
     height = len(matches) * (rows * 2.3 + 0.6)
-    figure = Figure(figsize=(max(columns, 2) * 2, height), dpi=min(110, 30_000 / height), layout="constrained")
+    figure = Figure(
+        figsize=(max(columns, 2) * 2, height), dpi=min(110, 30_000 / height), layout="constrained"
+    )
     for found, block in zip(matches, np.atleast_1d(figure.subfigures(len(matches), 1))):
         block.suptitle(wrapped(found[0].query, 13 * max(columns, 2)), parse_math=False)
         bare = {"frame_on": False, "xticks": [], "yticks": []}
-        for match, place in zip(found, block.subplots(rows, columns, squeeze=False, subplot_kw=bare).flat):
+        for match, place in zip(
+            found, block.subplots(rows, columns, squeeze=False, subplot_kw=bare).flat
+        ):
             place.imshow(thumbnail(match.path))
             name = match.path.name.encode(errors="backslashreplace").decode()  # it may be no text
-            title = f"{match.rank}.  {match.score:.3f}\n{name if len(name) <= 28 else '…' + name[-27:]}"
+            title = (
+                f"{match.rank}.  {match.score:.3f}\n{name if len(name) <= 28 else '…' + name[-27:]}"
+            )
             place.set_title(title, fontsize=8, parse_math=False)
     return figure
 
@@ -366,7 +445,12 @@ def draw_texts(found: list[Match]) -> Figure:
     picture.set_title(found[0].path.name[-40:], parse_math=False)
     picture.axis("off")
     bars.barh(range(len(found)), [match.score for match in found])
-    bars.set_yticks(range(len(found)), [wrapped(match.query, 40) for match in found], fontsize=8, parse_math=False)
+    bars.set_yticks(
+        range(len(found)),
+        [wrapped(match.query, 40) for match in found],
+        fontsize=8,
+        parse_math=False,
+    )
     bars.set(xlim=(0, 1), xlabel="probability", ylim=(len(found) - 0.5, -0.5))
     return figure
 
@@ -387,10 +471,14 @@ def main(argv: list[str] | None = None) -> None:
     searcher = Searcher(config.weights, config.device, config.num_workers)
     if config.evaluate:
         split, towers = searcher.test_split(), (searcher.image_tower, searcher.text_tower)
-        print(describe(evaluate(*towers, searcher.tokenizer, split, searcher.config, searcher.device)))
+        print(
+            describe(evaluate(*towers, searcher.tokenizer, split, searcher.config, searcher.device))
+        )
     elif config.image:
         texts = asked(config) or searcher.test_split().texts
-        show([searcher.classify(config.image, texts, config.n)], Path(config.output), of_picture=True)
+        show(
+            [searcher.classify(config.image, texts, config.n)], Path(config.output), of_picture=True
+        )
     else:
         queries = asked(config) or [searcher.weights["example_query"]]
         show(searcher.search(queries, config.images, config.n), Path(config.output))

@@ -29,25 +29,43 @@ from config import Config, UserError
 MAX_LOGIT_SCALE = 100.0  # section 2.4: "clipped to prevent scaling the logits by more than 100"
 SEARCH_SCALE = 9 / 7  # side of embedded pictures over that of training's (README, Results)
 FORMAT = "clip weights 1"
-TokenGroups = list[tuple[Tensor, Tensor]]  # captions some at a time: token ids and mask, both (b, T)
-IMAGE_ENCODER_ARGS = {"num_classes", "in_chans", "global_pool", "img_size", "drop_path_rate"}  # what weights may ask
+TokenGroups = list[
+    tuple[Tensor, Tensor]
+]  # captions some at a time: token ids and mask, both (b, T)
+IMAGE_ENCODER_ARGS = {
+    "num_classes",
+    "in_chans",
+    "global_pool",
+    "img_size",
+    "drop_path_rate",
+}  # what weights may ask
 
 
 class ImageEncoder(nn.Module):
     """A timm model without its classifier: `uint8` pixels (B, 3, S, S) to features (B, width). Mean and standard
     deviation are those of timm's config for the model; they are applied here, on the device."""
 
-    def __init__(self, name: str, size: int, pretrained: bool = False, drop_path: float = 0.0, **args: Any) -> None:
+    def __init__(
+        self, name: str, size: int, pretrained: bool = False, drop_path: float = 0.0, **args: Any
+    ) -> None:
         super().__init__()
         import timm  # here, since a search over embedded pictures does without it
 
-        args = {"num_classes": 0, **args, "drop_path_rate": drop_path or None}  # timm passes None over
+        args = {
+            "num_classes": 0,
+            **args,
+            "drop_path_rate": drop_path or None,
+        }  # timm passes None over
         self.model = timm.create_model(name, pretrained=pretrained, **args)
         if not drop_path:  # some encoders skip blocks where nothing is said
-            for block in (module for module in self.modules() if isinstance(module, timm.layers.DropPath)):
+            for block in (
+                module for module in self.modules() if isinstance(module, timm.layers.DropPath)
+            ):
                 block.drop_prob = 0.0
         for statistic in ("mean", "std"):
-            values = 255 * torch.tensor(self.model.pretrained_cfg[statistic])  # of pixels from 0 to 255
+            values = 255 * torch.tensor(
+                self.model.pretrained_cfg[statistic]
+            )  # of pixels from 0 to 255
             self.register_buffer(statistic, values.view(1, 3, 1, 1))
         with torch.no_grad():  # timm's num_features is not always the width of what comes out
             self.width = self.eval()(torch.zeros(1, 3, size, size, dtype=torch.uint8)).shape[-1]
@@ -103,7 +121,11 @@ def search_size(image: Tower, config: Config) -> int:
     """Side in pixels of pictures to embed: larger, as training crops enlarge what they show (arXiv 1906.06423), and a
     multiple of 32, as most encoders halve it five times."""
     fixed = "img_size" in image.encoder.model._model_args  # made for one size, such as a ViT
-    return config.image_size if fixed or not config.augment else 32 * round(config.image_size * SEARCH_SCALE / 32)
+    return (
+        config.image_size
+        if fixed or not config.augment
+        else 32 * round(config.image_size * SEARCH_SCALE / 32)
+    )
 
 
 class CLIP(nn.Module):
@@ -122,7 +144,9 @@ class CLIP(nn.Module):
         """Token ids and mask (B, T) to unit vectors (B, D)."""
         return self.text(ids, mask)
 
-    def forward(self, pixels: Tensor, texts: TokenGroups, chunk_size: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, pixels: Tensor, texts: TokenGroups, chunk_size: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Both embeddings (B, D) and the scale of the logits, 1 / temperature.
 
         With `chunk_size` the activations of at most so many pictures, or of a group of texts, are in memory at a time:
@@ -131,7 +155,9 @@ class CLIP(nn.Module):
         encode = encode_twice if chunk_size else lambda tower, *inputs: tower(*inputs)
         # Texts first: transformers waits for the device to see whether a group has padding at all.
         text_embeddings = torch.cat([encode(self.text, *group) for group in texts])
-        chunks = pixels.tensor_split(math.ceil(len(pixels) / (chunk_size or len(pixels))))  # of even sizes
+        chunks = pixels.tensor_split(
+            math.ceil(len(pixels) / (chunk_size or len(pixels)))
+        )  # of even sizes
         image_embeddings = torch.cat([encode(self.image, chunk) for chunk in chunks])
         return image_embeddings, text_embeddings, self.logit_scale.exp()
 
@@ -142,13 +168,20 @@ class CLIP(nn.Module):
 
 def encode_twice(tower: Tower, *inputs: Tensor) -> Tensor:
     """The tower's embeddings, without its activations: the backward pass computes those anew, with the same dropout."""
-    return checkpoint(tower, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), keep_statistics(tower)))
+    return checkpoint(
+        tower,
+        *inputs,
+        use_reentrant=False,
+        context_fn=lambda: (nullcontext(), keep_statistics(tower)),
+    )
 
 
 @contextmanager
 def keep_statistics(tower: Tower) -> Iterator[None]:
     """Batch norm in training mode does not count the same batch in its running statistics a second time."""
-    norms = [module for module in tower.modules() if isinstance(module, _BatchNorm) and module.training]
+    norms = [
+        module for module in tower.modules() if isinstance(module, _BatchNorm) and module.training
+    ]
     before = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     try:
         for norm in norms:
@@ -161,7 +194,10 @@ def keep_statistics(tower: Tower) -> Iterator[None]:
 
 
 def contrastive_loss(
-    image_embeddings: Tensor, text_embeddings: Tensor, logit_scale: Tensor, rows: slice = slice(None)
+    image_embeddings: Tensor,
+    text_embeddings: Tensor,
+    logit_scale: Tensor,
+    rows: slice = slice(None),
 ) -> Tensor:
     """The symmetric contrastive loss (section 2.3, figure 3): each picture finds its text, each text its picture.
 
@@ -185,13 +221,21 @@ def build_image_encoder(config: Config) -> ImageEncoder:
     try:
         # A model made for one size, such as a ViT, must be told of another.
         size = resolve_model_input_args(name, {"img_size": config.image_size}).get("img_size")
-        encoder = ImageEncoder(name, config.image_size, config.pretrained, config.drop_path, img_size=size)
-    except Exception as error:  # whatever a wrong name, a damaged folder or an unreachable hub brings about
+        encoder = ImageEncoder(
+            name, config.image_size, config.pretrained, config.drop_path, img_size=size
+        )
+    except (
+        Exception
+    ) as error:  # whatever a wrong name, a damaged folder or an unreachable hub brings about
         if "drop_path_rate" in str(error):
-            raise UserError(f"--image-encoder {name}: cannot skip blocks; add --drop-path 0") from None
+            raise UserError(
+                f"--image-encoder {name}: cannot skip blocks; add --drop-path 0"
+            ) from None
         raise _unavailable("--image-encoder", name, "local-dir:FOLDER", error) from None
     if unknown := encoder.model._model_args.keys() - IMAGE_ENCODER_ARGS:
-        raise UserError(f"--image-encoder {name}: cannot be rebuilt from weights, it needs {unknown}")
+        raise UserError(
+            f"--image-encoder {name}: cannot be rebuilt from weights, it needs {unknown}"
+        )
     return encoder
 
 
@@ -221,18 +265,26 @@ def text_encoder_from_scratch(config: Config, captions: list[str]) -> tuple[Text
         _check_text_config(name, model_config)
         tokenizer = _plain_tokenizer(name, tokenizer, config.max_length)
     else:
-        kinds = [kind for kind in CONFIG_MAPPING if name.rpartition("/")[2].lower().startswith(kind)]
+        kinds = [
+            kind for kind in CONFIG_MAPPING if name.rpartition("/")[2].lower().startswith(kind)
+        ]
         if not kinds:
-            raise UserError(f"--text-encoder {name}: begins with no architecture that transformers knows")
+            raise UserError(
+                f"--text-encoder {name}: begins with no architecture that transformers knows"
+            )
         kind = max(kinds, key=len)
         _check_text_config(name, CONFIG_MAPPING[kind]())
         tokenizer = word_pieces_of(captions, config.max_length)
-        model_config = AutoConfig.for_model(kind, vocab_size=tokenizer.get_vocab_size(), pad_token_id=0)
+        model_config = AutoConfig.for_model(
+            kind, vocab_size=tokenizer.get_vocab_size(), pad_token_id=0
+        )
     if config.text_layers:
         model_config.num_hidden_layers = config.text_layers
     if config.text_width:
         model_config.hidden_size = config.text_width
-        model_config.num_attention_heads = math.gcd(config.text_width, max(1, config.text_width // 64))
+        model_config.num_attention_heads = math.gcd(
+            config.text_width, max(1, config.text_width // 64)
+        )
         inner = "hidden_dim" if hasattr(model_config, "hidden_dim") else "intermediate_size"
         setattr(model_config, inner, 4 * config.text_width)
     return TextEncoder(AutoModel.from_config(model_config)), tokenizer
@@ -241,11 +293,26 @@ def text_encoder_from_scratch(config: Config, captions: list[str]) -> tuple[Text
 def word_pieces_of(texts: list[str], max_length: int) -> Tokenizer:
     """BERT's kind of tokeniser for `texts`: their 30,000 most frequent words, and single letters for all others. Not
     the library's trainer, which gives another vocabulary each time."""
-    normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
-    words = Counter(word for text in texts for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)))
+    normalizer, splitter = (
+        normalizers.BertNormalizer(lowercase=True),
+        pre_tokenizers.BertPreTokenizer(),
+    )
+    words = Counter(
+        word
+        for text in texts
+        for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))
+    )
     letters = sorted({letter for word in words for letter in word})
     frequent = sorted(words, key=lambda word: (-words[word], word))[:30_000]
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *letters, *(f"##{letter}" for letter in letters), *frequent]
+    pieces = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        *letters,
+        *(f"##{letter}" for letter in letters),
+        *frequent,
+    ]
     vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
@@ -271,7 +338,9 @@ def _check_text_config(name: str, config: Any) -> None:
 def _plain_tokenizer(name: str, tokenizer: Any, max_length: int) -> Tokenizer:
     """The fast tokeniser inside transformers' own, padding to the longest text it is given."""
     if not tokenizer.is_fast or tokenizer.pad_token is None:
-        raise UserError(f"--text-encoder {name}: its tokeniser is not a fast one with a padding token")
+        raise UserError(
+            f"--text-encoder {name}: its tokeniser is not a fast one with a padding token"
+        )
     plain = tokenizer.backend_tokenizer
     plain.enable_padding(pad_id=tokenizer.pad_token_id, pad_token=tokenizer.pad_token)
     plain.enable_truncation(min(max_length, tokenizer.model_max_length))
@@ -298,7 +367,9 @@ def _unavailable(flag: str, name: str, folder: str, error: Exception) -> UserErr
 # ---------------------------------------------------------------- weights
 
 
-def pack_weights(model: CLIP, tokenizer: Tokenizer, config: Config, example_query: str) -> dict[str, Any]:
+def pack_weights(
+    model: CLIP, tokenizer: Tokenizer, config: Config, example_query: str
+) -> dict[str, Any]:
     """All that search needs, as tensors and plain values; of paths only that of the data, relative to where we are."""
     image_model, text_config = model.image.encoder.model, model.text.encoder.model.config.to_dict()
     text_config.pop("_name_or_path", None)
@@ -307,7 +378,9 @@ def pack_weights(model: CLIP, tokenizer: Tokenizer, config: Config, example_quer
         config,
         data_dir=Path(os.path.relpath(config.data_dir)).as_posix(),
         image_encoder=architecture if ":" in config.image_encoder else config.image_encoder,
-        text_encoder=text_config["model_type"] if Path(config.text_encoder).exists() else config.text_encoder,
+        text_encoder=text_config["model_type"]
+        if Path(config.text_encoder).exists()
+        else config.text_encoder,
         resume="",
     )
     return {
@@ -329,7 +402,9 @@ def read_weights(path: str | Path) -> dict[str, Any]:
     if not Path(path).is_file():
         raise UserError(f"{path}: no such weights file")
     try:
-        with zipfile.ZipFile(path) as archive:  # torch's format; it keeps a checksum of every tensor
+        with zipfile.ZipFile(
+            path
+        ) as archive:  # torch's format; it keeps a checksum of every tensor
             checksums = repr([(member.filename, member.CRC) for member in archive.infolist()])
         weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if weights.get("format") != FORMAT:
@@ -337,13 +412,17 @@ def read_weights(path: str | Path) -> dict[str, Any]:
         if lacking := {"image_encoder", "text_encoder", "example_query", "model"} - weights.keys():
             raise ValueError(f"it lacks {', '.join(lacking)}")
         kinds = {name: type(value) for name, value in asdict(Config()).items()}
-        if wrong := [name for name, value in weights["config"].items() if type(value) is not kinds.get(name)]:
+        if wrong := [
+            name for name, value in weights["config"].items() if type(value) is not kinds.get(name)
+        ]:
             raise ValueError(f"its config has {', '.join(map(str, wrong))}")
         if not isinstance(weights["example_query"], str) or weights["model"]["logit_scale"].ndim:
             raise ValueError("its parts are not what they should be")
         if not all(isinstance(value, Tensor) for value in weights["model"].values()):
             raise ValueError("its model holds more than tensors")
-        weights["config"] = Config(**{"drop_path": 0.0, **weights["config"]})  # weights from before it lack it
+        weights["config"] = Config(
+            **{"drop_path": 0.0, **weights["config"]}
+        )  # weights from before it lack it
         weights["tokenizer"] = Tokenizer.from_str(weights["tokenizer"])
         weights["fingerprint"] = hashlib.sha256(checksums.encode()).hexdigest()
     except Exception as error:  # whatever a hostile or damaged file can bring about
@@ -354,15 +433,25 @@ def read_weights(path: str | Path) -> dict[str, Any]:
 
 def load_tower(weights: dict[str, Any], which: str) -> Tower:
     """The "image" or the "text" tower of `weights`, in evaluation mode, rebuilt from what they hold alone."""
-    state = {name.partition(".")[2]: value for name, value in weights["model"].items() if name.startswith(f"{which}.")}
+    state = {
+        name.partition(".")[2]: value
+        for name, value in weights["model"].items()
+        if name.startswith(f"{which}.")
+    }
     encoder = _image_encoder if which == "image" else _text_encoder
     try:
         with torch.device("meta"):  # sizes are held against the tensors before memory is taken
             empty = Tower(encoder(weights), weights["config"]).state_dict()
     except Exception as error:  # whatever a hostile description can bring about
-        raise UserError(f"the {which} encoder that the weights describe cannot be built: {error}") from None
-    if {name: value.shape for name, value in empty.items()} != {name: value.shape for name, value in state.items()}:
-        raise UserError(f"the weights of the {which} encoder do not fit the model that their file describes")
+        raise UserError(
+            f"the {which} encoder that the weights describe cannot be built: {error}"
+        ) from None
+    if {name: value.shape for name, value in empty.items()} != {
+        name: value.shape for name, value in state.items()
+    }:
+        raise UserError(
+            f"the weights of the {which} encoder do not fit the model that their file describes"
+        )
     tower = Tower(encoder(weights), weights["config"])
     tower.load_state_dict(state)
     return tower.eval()
@@ -370,7 +459,9 @@ def load_tower(weights: dict[str, Any], which: str) -> Tower:
 
 def load_clip(weights: dict[str, Any]) -> CLIP:
     """The whole model, in evaluation mode."""
-    model = CLIP(load_tower(weights, "image"), load_tower(weights, "text"), weights["config"].temperature)
+    model = CLIP(
+        load_tower(weights, "image"), load_tower(weights, "text"), weights["config"].temperature
+    )
     model.logit_scale.data.copy_(weights["model"]["logit_scale"])
     return model.eval()
 
@@ -380,8 +471,12 @@ def _image_encoder(weights: dict[str, Any]) -> ImageEncoder:
 
     name, arguments = weights["image_encoder"]["name"], weights["image_encoder"]["arguments"]
     if name not in timm.list_models() or not arguments.keys() <= IMAGE_ENCODER_ARGS:
-        raise UserError(f"weights: {name!r} with {sorted(arguments)} is not an image encoder that timm has")
-    return ImageEncoder(name, weights["config"].image_size, drop_path=weights["config"].drop_path, **arguments)
+        raise UserError(
+            f"weights: {name!r} with {sorted(arguments)} is not an image encoder that timm has"
+        )
+    return ImageEncoder(
+        name, weights["config"].image_size, drop_path=weights["config"].drop_path, **arguments
+    )
 
 
 def _text_encoder(weights: dict[str, Any]) -> TextEncoder:
@@ -391,10 +486,16 @@ def _text_encoder(weights: dict[str, Any]) -> TextEncoder:
     kind = stored["model_type"]
     if kind not in CONFIG_MAPPING:
         raise UserError(f"weights: {kind!r} is not a text encoder that transformers has")
-    known = {key for key in CONFIG_MAPPING[kind]().to_dict() if not key.startswith("_")} - {"model_type"}
-    config = AutoConfig.for_model(kind, **{key: value for key, value in stored.items() if key in known})
+    known = {key for key in CONFIG_MAPPING[kind]().to_dict() if not key.startswith("_")} - {
+        "model_type"
+    }
+    config = AutoConfig.for_model(
+        kind, **{key: value for key, value in stored.items() if key in known}
+    )
     _check_text_config(kind, config)
     largest = max(weights["tokenizer"].get_vocab().values())
     if largest >= config.vocab_size or config.num_hidden_layers > len(weights["model"]):
-        raise UserError("weights: the text encoder has not the vocabulary or the layers that it declares")
+        raise UserError(
+            "weights: the text encoder has not the vocabulary or the layers that it declares"
+        )
     return TextEncoder(AutoModel.from_config(config, trust_remote_code=False))

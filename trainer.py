@@ -60,18 +60,25 @@ def main(argv: list[str] | None = None) -> None:
         train(config, checkpoint)
     except KeyboardInterrupt:
         last = Path("runs", config.name, "last.pt")
-        sys.exit(f"stopped; to go on: python trainer.py --resume {last}" if last.exists() else "stopped")
+        sys.exit(
+            f"stopped; to go on: python trainer.py --resume {last}" if last.exists() else "stopped"
+        )
 
 
 def resumed_config(argv: list[str] | None, checkpoint: dict[str, Any], path: str) -> Config:
     """The settings of the checkpoint, with what may differ on another machine taken from the command line."""
     if "optimizer" not in checkpoint:
         raise UserError(f"--resume {path}: holds no training state; resume from a run's last.pt")
-    saved = asdict(checkpoint["config"]) | {"resume": path, "download_url": Config.download_url}  # not from a stranger
+    saved = asdict(checkpoint["config"]) | {
+        "resume": path,
+        "download_url": Config.download_url,
+    }  # not from a stranger
     config = parse(Config, argv, saved)
     for name, value in asdict(config).items():
         if value != saved[name] and name not in MAY_CHANGE_ON_RESUME:
-            raise UserError(f"--{name.replace('_', '-')} {value}: the run to resume has {saved[name]}; leave it out")
+            raise UserError(
+                f"--{name.replace('_', '-')} {value}: the run to resume has {saved[name]}; leave it out"
+            )
     return config
 
 
@@ -114,7 +121,9 @@ def train_epoch(run: Run, epoch: int) -> float:
     """One pass over the training pictures; returns the mean loss of its steps, and raises if one is not finite."""
     training_mode(run.model, run.config)
     seeds = np.random.SeedSequence((run.config.seed, epoch, run.process.rank))
-    torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))  # so that a resumed run draws the same dropout
+    torch.manual_seed(
+        int(seeds.generate_state(1, np.uint64)[0])
+    )  # so that a resumed run draws the same dropout
     run.loader.batch_sampler.epoch = epoch
     losses: list[float] = []
     unread: list[Tensor] = []  # reading a loss waits for the device, so it is done now and then
@@ -123,10 +132,18 @@ def train_epoch(run: Run, epoch: int) -> float:
             lr = run.schedule.get_last_lr()[-1]
             unread.append(train_step(run, pixels, texts))
             if len(unread) == STEPS_BETWEEN_FIGURES or len(losses) + len(unread) == len(run.loader):
-                losses += read_losses(run, unread, first_step=epoch * len(run.loader) + len(losses) + 1)
+                losses += read_losses(
+                    run, unread, first_step=epoch * len(run.loader) + len(losses) + 1
+                )
                 speed = len(losses) * run.config.batch_size / max(bar.format_dict["elapsed"], 1e-3)
-                log_events(run, epoch * len(run.loader) + len(losses), {"train/loss": losses[-1], "train/lr": lr})
-                bar.set_postfix_str(f"loss {losses[-1]:.3f}, lr {lr:.1e}, {speed:.0f} pairs/s", refresh=False)
+                log_events(
+                    run,
+                    epoch * len(run.loader) + len(losses),
+                    {"train/loss": losses[-1], "train/lr": lr},
+                )
+                bar.set_postfix_str(
+                    f"loss {losses[-1]:.3f}, lr {lr:.1e}, {speed:.0f} pairs/s", refresh=False
+                )
                 unread = []
     return sum(losses) / len(losses)
 
@@ -135,11 +152,20 @@ def train_step(run: Run, pixels: Tensor, texts: TokenGroups) -> Tensor:
     """One step of the weights on this process's rows of a batch; returns their loss, which nobody has waited for."""
     process, chunk_size = run.process, run.config.chunk_size
     pixels = pixels.to(process.device, non_blocking=True)
-    texts = [tuple(tensor.to(process.device, non_blocking=True) for tensor in group) for group in texts]
-    lower = process.precision is not torch.float32  # in whose cache of weights no chunks' gradients may be summed
-    with torch.autocast(process.device.type, process.precision, enabled=lower, cache_enabled=not chunk_size):
+    texts = [
+        tuple(tensor.to(process.device, non_blocking=True) for tensor in group) for group in texts
+    ]
+    lower = (
+        process.precision is not torch.float32
+    )  # in whose cache of weights no chunks' gradients may be summed
+    with torch.autocast(
+        process.device.type, process.precision, enabled=lower, cache_enabled=not chunk_size
+    ):
         image_embeddings, text_embeddings, logit_scale = run.replica(pixels, texts, chunk_size)
-    everyones = process.gather(image_embeddings), process.gather(text_embeddings)  # (B, D), the negatives of all
+    everyones = (
+        process.gather(image_embeddings),
+        process.gather(text_embeddings),
+    )  # (B, D), the negatives of all
     loss = contrastive_loss(*everyones, logit_scale, process.rows(run.config.batch_size))
     run.scaler.scale(loss).backward()
     run.scaler.unscale_(run.optimizer)
@@ -167,7 +193,9 @@ def read_losses(run: Run, losses: list[Tensor], first_step: int) -> list[float]:
     values = run.process.mean(torch.stack(losses)).tolist()
     for step, value in enumerate(values, start=first_step):
         if not math.isfinite(value):
-            raise UserError(f"step {step}: the loss is {value}. Try lower rates (--image-lr, --text-lr, --head-lr)")
+            raise UserError(
+                f"step {step}: the loss is {value}. Try lower rates (--image-lr, --text-lr, --head-lr)"
+            )
     return values
 
 
@@ -188,10 +216,25 @@ def prepare(config: Config, checkpoint: dict[str, Any] | None) -> Run:
     optimizer = torch.optim.AdamW(parameter_groups(model, config), fused=True)
     schedule = LambdaLR(optimizer, warmup_then_cosine(config.epochs * len(loader), config.warmup))
     scaler = torch.amp.GradScaler(process.device.type, enabled=process.precision is torch.float16)
-    run = Run(config, folder, process, model, replica, tokenizer, splits, loader, optimizer, schedule, scaler, [])
+    run = Run(
+        config,
+        folder,
+        process,
+        model,
+        replica,
+        tokenizer,
+        splits,
+        loader,
+        optimizer,
+        schedule,
+        scaler,
+        [],
+    )
     if checkpoint:
         for part in ("optimizer", "schedule", "scaler"):
-            if state := checkpoint[part]:  # a scaler's is empty in a run whose precision needed none
+            if state := checkpoint[
+                part
+            ]:  # a scaler's is empty in a run whose precision needed none
                 getattr(run, part).load_state_dict(state)
         run.history += checkpoint["history"]
     return run
@@ -199,8 +242,14 @@ def prepare(config: Config, checkpoint: dict[str, Any] | None) -> Run:
 
 def check_folder(folder: Path, config: Config, checkpoint: dict[str, Any] | None) -> None:
     """Refuses to overwrite a run, and to resume one of which a part is missing."""
-    if not checkpoint and (folder / "last.pt").exists() and not (config.demo and config.name == DEMO["name"]):
-        raise UserError(f"{folder}/last.pt exists: go on with --resume {folder}/last.pt, or choose another --name")
+    if (
+        not checkpoint
+        and (folder / "last.pt").exists()
+        and not (config.demo and config.name == DEMO["name"])
+    ):
+        raise UserError(
+            f"{folder}/last.pt exists: go on with --resume {folder}/last.pt, or choose another --name"
+        )
     if checkpoint and checkpoint["history"] and not (folder / "best.pt").exists():
         raise UserError(f"{folder}/best.pt: missing; a run is resumed with its whole folder")
 
@@ -209,7 +258,10 @@ def prepare_model_and_data(
     config: Config, checkpoint: dict[str, Any] | None, process: Process
 ) -> tuple[CLIP, Tokenizer, dict[str, Split]]:
     """Pretrained weights come first: where they cannot be had, that is said before any data is fetched."""
-    if config.data_dir not in (Config.data_dir, DEMO["data_dir"]) and not Path(config.data_dir).exists():
+    if (
+        config.data_dir not in (Config.data_dir, DEMO["data_dir"])
+        and not Path(config.data_dir).exists()
+    ):
         raise UserError(f"--data-dir {config.data_dir}: no such folder")
     encoders = None
     if config.pretrained and not checkpoint:
@@ -219,17 +271,31 @@ def prepare_model_and_data(
     if checkpoint:
         model, tokenizer = load_clip(checkpoint), checkpoint["tokenizer"]
     else:
-        encoders = encoders or (*text_encoder_from_scratch(config, splits["train"].texts), build_image_encoder(config))
+        encoders = encoders or (
+            *text_encoder_from_scratch(config, splits["train"].texts),
+            build_image_encoder(config),
+        )
         text, tokenizer, image = encoders
         model = CLIP(Tower(image, config), Tower(text, config), config.temperature)
-    for tower, share in ((model.image, config.freeze_image_encoder), (model.text, config.freeze_text_encoder)):
+    for tower, share in (
+        (model.image, config.freeze_image_encoder),
+        (model.text, config.freeze_text_encoder),
+    ):
         tensors = list(tower.encoder.parameters())  # from the input to the output
         for tensor in tensors[: round(share * len(tensors)) if config.pretrained else 0]:
             tensor.requires_grad_(False)
-    for module in model.image.modules():  # depthwise kernels, whose gradients a CPU computes four times slower in bf16
-        if isinstance(module, nn.Conv2d) and module.groups == module.in_channels and module.weight.requires_grad:
+    for module in (
+        model.image.modules()
+    ):  # depthwise kernels, whose gradients a CPU computes four times slower in bf16
+        if (
+            isinstance(module, nn.Conv2d)
+            and module.groups == module.in_channels
+            and module.weight.requires_grad
+        ):
             # torch's way to take one function out of autocast, made for those with gradients of their own
-            module.forward = torch.amp.custom_fwd(module.forward, device_type="cpu", cast_inputs=torch.float32)
+            module.forward = torch.amp.custom_fwd(
+                module.forward, device_type="cpu", cast_inputs=torch.float32
+            )
     return model, tokenizer, splits
 
 
@@ -238,8 +304,14 @@ def prepare_data(config: Config, process: Process) -> dict[str, Split]:
     process.in_turn(lambda: prepare_data_dir(config))
     splits = read_splits(config.data_dir)
     if (pictures := len(splits["train"].paths)) < config.batch_size:
-        raise UserError(f"--batch-size {config.batch_size}: the training split holds only {pictures} pictures")
-    for path in progress([path for split in splits.values() for path in split.paths], "checking pictures", leave=False):
+        raise UserError(
+            f"--batch-size {config.batch_size}: the training split holds only {pictures} pictures"
+        )
+    for path in progress(
+        [path for split in splits.values() for path in split.paths],
+        "checking pictures",
+        leave=False,
+    ):
         with open_picture(path):
             pass
     return splits
@@ -256,14 +328,24 @@ def prepare_data_dir(config: Config) -> None:
 
 def parameter_groups(model: CLIP, config: Config) -> list[dict[str, Any]]:
     """New heads learn fast and pretrained encoders slowly; only matrices decay, not gains, biases or temperature."""
-    rates = {"image": config.image_lr, "text": config.text_lr, "head": config.head_lr}  # the last one is shown
-    groups: dict[tuple[str, bool], list[Tensor]] = {(part, matrix): [] for part in rates for matrix in (True, False)}
+    rates = {
+        "image": config.image_lr,
+        "text": config.text_lr,
+        "head": config.head_lr,
+    }  # the last one is shown
+    groups: dict[tuple[str, bool], list[Tensor]] = {
+        (part, matrix): [] for part in rates for matrix in (True, False)
+    }
     for name, parameter in model.named_parameters():
         part = "head" if ".head." in name or name == "logit_scale" else name.partition(".")[0]
         if parameter.requires_grad:
             groups[part, parameter.ndim > 1].append(parameter)
     return [
-        {"params": parameters, "lr": rates[part], "weight_decay": config.weight_decay if matrix else 0.0}
+        {
+            "params": parameters,
+            "lr": rates[part],
+            "weight_decay": config.weight_decay if matrix else 0.0,
+        }
         for (part, matrix), parameters in groups.items()
         if parameters
     ]
@@ -287,7 +369,9 @@ def warmup_then_cosine(steps: int, warmup: float) -> Callable[[int], float]:
 def validate(model: CLIP, run: Run, split: str) -> dict[str, float]:
     """The recalls of a split; of the run's model after an epoch, of its best weights at the end."""
     model.eval()
-    return evaluate(model.image, model.text, run.tokenizer, run.splits[split], run.config, run.process.device)
+    return evaluate(
+        model.image, model.text, run.tokenizer, run.splits[split], run.config, run.process.device
+    )
 
 
 def best_epoch(history: list[dict[str, float]]) -> int:
@@ -296,7 +380,9 @@ def best_epoch(history: list[dict[str, float]]) -> int:
 
 
 def weights_of(run: Run) -> dict[str, Any]:
-    return pack_weights(run.model, run.tokenizer, run.config, example_query=run.splits["test"].captions[0][0])
+    return pack_weights(
+        run.model, run.tokenizer, run.config, example_query=run.splits["test"].captions[0][0]
+    )
 
 
 def save_last(run: Run) -> None:
@@ -312,11 +398,15 @@ def open_folder(run: Run, resumed: bool) -> None:
     try:
         run.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{run.folder}: cannot be made into the run's folder: {error.strerror}") from None
+        raise UserError(
+            f"{run.folder}: cannot be made into the run's folder: {error.strerror}"
+        ) from None
     if importlib.util.find_spec("tensorboard"):
         from torch.utils.tensorboard import SummaryWriter
 
-        run.events = SummaryWriter(run.folder / "events", purge_step=len(run.history) * len(run.loader) + 1)
+        run.events = SummaryWriter(
+            run.folder / "events", purge_step=len(run.history) * len(run.loader) + 1
+        )
     for half_written in run.folder.glob("*.tmp"):  # by a run that was killed
         half_written.unlink()
     if resumed:
@@ -330,10 +420,21 @@ def open_folder(run: Run, resumed: bool) -> None:
 def finish_epoch(run: Run, loss: float, seconds: float) -> None:
     """Validates, and writes the epoch's row and weights."""
     epoch, metrics = len(run.history) + 1, validate(run.model, run, "dev")
-    speed, lr = len(run.loader) * run.config.batch_size / seconds, run.optimizer.param_groups[-1]["lr"]
-    row = {"epoch": epoch, "seconds": seconds, "pairs_per_second": speed, "lr": lr, "train_loss": loss}
+    speed, lr = (
+        len(run.loader) * run.config.batch_size / seconds,
+        run.optimizer.param_groups[-1]["lr"],
+    )
+    row = {
+        "epoch": epoch,
+        "seconds": seconds,
+        "pairs_per_second": speed,
+        "lr": lr,
+        "train_loss": loss,
+    }
     run.history.append(row | metrics)
-    print(f"epoch {epoch} of {run.config.epochs}: loss {loss:.3f}, {seconds:.0f} s; dev {describe(metrics)}")
+    print(
+        f"epoch {epoch} of {run.config.epochs}: loss {loss:.3f}, {seconds:.0f} s; dev {describe(metrics)}"
+    )
     log_events(run, epoch, {f"dev/{name}": value for name, value in metrics.items()})
     if best_epoch(run.history) == epoch:
         write_whole(run.folder / "best.pt", lambda file: torch.save(weights_of(run), file))
@@ -342,7 +443,9 @@ def finish_epoch(run: Run, loss: float, seconds: float) -> None:
 
 def report(run: Run) -> None:
     """`metrics.csv` with a row an epoch, and `curves.png`."""
-    table = pd.DataFrame(run.history, columns=["epoch", "seconds", "pairs_per_second", "lr", "train_loss", *METRICS])
+    table = pd.DataFrame(
+        run.history, columns=["epoch", "seconds", "pairs_per_second", "lr", "train_loss", *METRICS]
+    )
     write_whole(run.folder / "metrics.csv", lambda file: table.to_csv(file, index=False))
     if len(table):
         figure = draw_curves(table, math.log(run.config.batch_size), best_epoch(run.history))
@@ -366,7 +469,9 @@ def draw_curves(table: pd.DataFrame, chance: float, best: int) -> Figure:
             axes.plot(table["epoch"], table[f"{way}_r{k}"], marker=".", label=f"R@{k}")
         axes.set(title=f"{title}, dev split", xlabel="epoch", ylabel="recall, %", ylim=(0, 102))
     for axes in (loss, *ways):
-        axes.axvline(best, color="black", linewidth=0.8, linestyle="--", label=f"best epoch, {best}")
+        axes.axvline(
+            best, color="black", linewidth=0.8, linestyle="--", label=f"best epoch, {best}"
+        )
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
@@ -377,22 +482,34 @@ def announce(run: Run) -> None:
     """The settings, the device and the sizes, once."""
     config, model, process = run.config, run.model, run.process
     print("config:", ", ".join(f"{name}={value!r}" for name, value in asdict(config).items()))
-    millions = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.image, model.text)]
+    millions = [
+        sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.image, model.text)
+    ]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
-    print(f"model: {millions[0]:.1f} M image + {millions[1]:.1f} M text parameters, {trained:.1f} M of them trained")
+    print(
+        f"model: {millions[0]:.1f} M image + {millions[1]:.1f} M text parameters, {trained:.1f} M of them trained"
+    )
     kind = f"{str(process.precision).removeprefix('torch.')}, {process.count} process{'es' * (process.count > 1)}"
-    print(f"device: {process.device}, {kind}; {len(run.loader)} steps an epoch of {config.batch_size} pairs")
+    print(
+        f"device: {process.device}, {kind}; {len(run.loader)} steps an epoch of {config.batch_size} pairs"
+    )
     print(f"loss at chance: ln({config.batch_size}) = {math.log(config.batch_size):.3f}")
 
 
 def finish(run: Run) -> None:
     """Scores the best weights on the test split, once, and says what to do next."""
     best = read_weights(run.folder / "best.pt")
-    metrics = validate(load_clip(best).to(run.process.device, memory_format=torch.channels_last), run, "test")
-    write_whole(run.folder / "test.json", lambda file: file.write(json.dumps(metrics, indent=2).encode()))
+    metrics = validate(
+        load_clip(best).to(run.process.device, memory_format=torch.channels_last), run, "test"
+    )
+    write_whole(
+        run.folder / "test.json", lambda file: file.write(json.dumps(metrics, indent=2).encode())
+    )
     print(f"test, with the weights of epoch {best_epoch(run.history)}: {describe(metrics)}")
     print(f"saved in {run.folder}: best.pt, last.pt, metrics.csv, curves.png, test.json")
-    print(f"python inference.py --weights {run.folder / 'best.pt'} --n 8 --query {shlex.quote(best['example_query'])}")
+    print(
+        f"python inference.py --weights {run.folder / 'best.pt'} --n 8 --query {shlex.quote(best['example_query'])}"
+    )
 
 
 if __name__ == "__main__":

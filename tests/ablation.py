@@ -38,10 +38,16 @@ from config import Config, parse  # noqa: E402
 
 def rates(times: float, *names: str) -> list[str]:
     """Settings that multiply the learning rates of these names."""
-    return [part for name in names for part in (f"--{name.replace('_', '-')}", str(times * getattr(Config, name)))]
+    return [
+        part
+        for name in names
+        for part in (f"--{name.replace('_', '-')}", str(times * getattr(Config, name)))
+    ]
 
 
-CHANGES: dict[str, list[str] | Callable[[], None]] = {  # settings, or what replaces a part of the program
+CHANGES: dict[
+    str, list[str] | Callable[[], None]
+] = {  # settings, or what replaces a part of the program
     "recipe": [],
     "none of the image encoder frozen": ["--freeze-image-encoder", "0"],
     "a quarter of the image encoder frozen": ["--freeze-image-encoder", "0.25"],
@@ -53,7 +59,11 @@ CHANGES: dict[str, list[str] | Callable[[], None]] = {  # settings, or what repl
     "encoders' rates x 2": rates(2, "image_lr", "text_lr"),
     "encoders' rates / 2": rates(0.5, "image_lr", "text_lr"),
     "batch 64": ["--batch-size", "64"],
-    "batch 256, rates x 1.4": ["--batch-size", "256", *rates(1.4, "image_lr", "text_lr", "head_lr")],
+    "batch 256, rates x 1.4": [
+        "--batch-size",
+        "256",
+        *rates(1.4, "image_lr", "text_lr", "head_lr"),
+    ],
     "dropout 0.1": ["--dropout", "0.1"],
     "no blocks skipped": ["--drop-path", "0"],
     "projection 512": ["--projection-dim", "512"],
@@ -94,7 +104,9 @@ def hidden_words() -> None:
         def __getitem__(self, epoch_and_picture: tuple[int, int]) -> tuple[np.ndarray, str]:
             pixels, caption = super().__getitem__(epoch_and_picture)
             rng = np.random.default_rng((self.seed, *epoch_and_picture, 1))
-            return pixels, " ".join("[MASK]" if rng.random() < 0.15 else word for word in caption.split())
+            return pixels, " ".join(
+                "[MASK]" if rng.random() < 0.15 else word for word in caption.split()
+            )
 
     data.TrainingPictures = WithHiddenWords
 
@@ -113,7 +125,9 @@ def rates_by_layer(whole: Callable = trainer.parameter_groups) -> None:
         below = {}  # how many layers a tensor of the text encoder has above it
         for name, tensor in model.text.encoder.named_parameters():
             layer = re.search(r"layer\.(\d+)\.", name)
-            below[tensor] = model.text.encoder.model.config.num_hidden_layers - (int(layer[1]) + 1 if layer else 0)
+            below[tensor] = model.text.encoder.model.config.num_hidden_layers - (
+                int(layer[1]) + 1 if layer else 0
+            )
         return [
             {**group, "params": [tensor], "lr": group["lr"] * 0.8 ** below.get(tensor, 0)}
             for group in whole(model, config)
@@ -150,10 +164,14 @@ def batch_statistics() -> None:
 
 
 @change("two captions a picture")
-def two_captions(loss: Callable = models.contrastive_loss, collate: Callable = data.collate) -> None:
+def two_captions(
+    loss: Callable = models.contrastive_loss, collate: Callable = data.collate
+) -> None:
     """The mean of two losses over the same pixels: texts come as (2B, D), first captions before second ones."""
 
-    def draw(self: data.TrainingPictures, epoch_and_picture: tuple[int, int]) -> tuple[np.ndarray, list[str]]:
+    def draw(
+        self: data.TrainingPictures, epoch_and_picture: tuple[int, int]
+    ) -> tuple[np.ndarray, list[str]]:
         epoch, picture = epoch_and_picture
         rng = np.random.default_rng((self.seed, epoch, picture))
         captions = rng.permutation(self.split.captions[picture])[:2].tolist()
@@ -161,12 +179,20 @@ def two_captions(loss: Callable = models.contrastive_loss, collate: Callable = d
         # A caption with "left" or "right" forbids the mirror, here to both.
         return self.transform.draw(pixels, " ".join(captions), rng), captions
 
-    def collate_both(items: list[tuple[np.ndarray, list[str]]], tokenizer: Tokenizer, group_size: int) -> tuple:
-        items = sorted(items, key=lambda item: len(item[1][0]))  # as `collate` orders the first captions
-        batch, groups = collate([(pixels, first) for pixels, (first, _) in items], tokenizer, group_size)
+    def collate_both(
+        items: list[tuple[np.ndarray, list[str]]], tokenizer: Tokenizer, group_size: int
+    ) -> tuple:
+        items = sorted(
+            items, key=lambda item: len(item[1][0])
+        )  # as `collate` orders the first captions
+        batch, groups = collate(
+            [(pixels, first) for pixels, (first, _) in items], tokenizer, group_size
+        )
         return batch, [*groups, data.tokenize(tokenizer, [second for _, (_, second) in items])]
 
-    def mean_loss(images: Tensor, texts: Tensor, logit_scale: Tensor, rows: slice = slice(None)) -> Tensor:
+    def mean_loss(
+        images: Tensor, texts: Tensor, logit_scale: Tensor, rows: slice = slice(None)
+    ) -> Tensor:
         return sum(loss(images, captions, logit_scale) for captions in texts.chunk(2)) / 2
 
     data.TrainingPictures.__getitem__, data.collate = draw, collate_both
@@ -177,10 +203,15 @@ def two_captions(loss: Callable = models.contrastive_loss, collate: Callable = d
 def soft_targets() -> None:
     """The tutorial's idea, for half of a target: who resembles a picture or its caption is right in part."""
 
-    def loss(images: Tensor, texts: Tensor, logit_scale: Tensor, rows: slice = slice(None)) -> Tensor:
+    def loss(
+        images: Tensor, texts: Tensor, logit_scale: Tensor, rows: slice = slice(None)
+    ) -> Tensor:
         logits = logit_scale * images @ texts.T  # (B, D) @ (D, B)
         alike = (images @ images.T + texts @ texts.T).detach() / 2  # (B, D) @ (D, B)
-        targets = ((logit_scale.detach() * alike).softmax(dim=1) + torch.eye(len(images), device=images.device)) / 2
+        targets = (
+            (logit_scale.detach() * alike).softmax(dim=1)
+            + torch.eye(len(images), device=images.device)
+        ) / 2
         return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
 
     trainer.contrastive_loss = loss
@@ -188,10 +219,15 @@ def soft_targets() -> None:
 
 @change("label smoothing 0.1")
 def label_smoothing() -> None:
-    def loss(images: Tensor, texts: Tensor, logit_scale: Tensor, rows: slice = slice(None)) -> Tensor:
+    def loss(
+        images: Tensor, texts: Tensor, logit_scale: Tensor, rows: slice = slice(None)
+    ) -> Tensor:
         logits = logit_scale * images @ texts.T  # (B, D) @ (D, B)
         matches = torch.arange(len(images), device=images.device)
-        return sum(F.cross_entropy(each, matches, label_smoothing=0.1) for each in (logits, logits.T)) / 2
+        return (
+            sum(F.cross_entropy(each, matches, label_smoothing=0.1) for each in (logits, logits.T))
+            / 2
+        )
 
     trainer.contrastive_loss = loss
 
@@ -200,7 +236,9 @@ def label_smoothing() -> None:
 def hardest_negatives(honest: Callable = models.contrastive_loss) -> None:
     """VSE++ (arXiv 1707.05612) on top of the contrastive loss."""
 
-    def loss(images: Tensor, texts: Tensor, logit_scale: Tensor, rows: slice = slice(None)) -> Tensor:
+    def loss(
+        images: Tensor, texts: Tensor, logit_scale: Tensor, rows: slice = slice(None)
+    ) -> Tensor:
         cosines = images @ texts.T  # (B, D) @ (D, B)
         right, wrong = cosines.diag(), cosines - 2 * torch.eye(len(cosines), device=cosines.device)
         hinges = [(0.2 + wrong.amax(dim) - right).relu().mean() for dim in (0, 1)]
@@ -233,16 +271,25 @@ def mean_of_weights(decay: float = 0.99) -> None:
 
 def main() -> None:
     parser = measuring_parser(__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", default=list(CHANGES), choices=CHANGES, help="some rows alone")
+    parser.add_argument(
+        "--only", nargs="+", default=list(CHANGES), choices=CHANGES, help="some rows alone"
+    )
     parser.add_argument("--child", choices=CHANGES, help="(of the program itself) one run")
-    parser.add_argument("--settings", nargs=REMAINDER, default=[], help="flags of trainer.py for every run; the last")
+    parser.add_argument(
+        "--settings",
+        nargs=REMAINDER,
+        default=[],
+        help="flags of trainer.py for every run; the last",
+    )
     options = parser.parse_args()
     if options.child:
         with redirect_stdout(sys.stderr):
             row = run(options)
         print(json.dumps(row))
         return
-    print("| change | pairs | minutes | last loss | dev text→image R@1/5/10 | image→text | mean of six |")
+    print(
+        "| change | pairs | minutes | last loss | dev text→image R@1/5/10 | image→text | mean of six |"
+    )
     print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
     for name in options.only:
         command = [sys.executable, sys.argv[0], "--child", name, *sys.argv[1:]]
@@ -258,7 +305,12 @@ def run(options: Namespace) -> list[str]:
     flags = [*options.settings, *(own if isinstance(own, list) else [])]
     if callable(own):
         own()
-    encoders = ["--image-encoder", f"local-dir:{options.image_encoder}", "--text-encoder", options.text_encoder]
+    encoders = [
+        "--image-encoder",
+        f"local-dir:{options.image_encoder}",
+        "--text-encoder",
+        options.text_encoder,
+    ]
     config = parse(Config, ["--data-dir", options.data_dir, *encoders, *flags])
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
@@ -268,7 +320,10 @@ def run(options: Namespace) -> list[str]:
             loss = trainer.train_epoch(training, epoch)
         minutes = (time.perf_counter() - started) / 60
         metrics = trainer.validate(training.model, training, "dev")
-    ways = [" / ".join(f"{metrics[f'{way}_r{k}']:.1f}" for k in inference.RECALLS_AT) for way in ("t2i", "i2t")]
+    ways = [
+        " / ".join(f"{metrics[f'{way}_r{k}']:.1f}" for k in inference.RECALLS_AT)
+        for way in ("t2i", "i2t")
+    ]
     mean = sum(metrics[name] for name in trainer.RECALLS) / len(trainer.RECALLS)
     pairs = config.epochs * len(training.loader) * config.batch_size
     return [f"{pairs:,}", f"{minutes:.1f}", f"{loss:.2f}", *ways, f"{mean:.1f}"]

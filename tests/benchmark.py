@@ -42,9 +42,21 @@ def measurement(function: Callable) -> Callable:
 
 def main() -> None:
     parser = measuring_parser(__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", default=list(MEASUREMENTS), choices=MEASUREMENTS, help="some rows alone")
-    parser.add_argument("--full", action="store_true", help="rank ten million vectors too: 10 GB on disk, 20 in memory")
-    parser.add_argument("--child", nargs="+", help="(of the program itself) one measured process, and its arguments")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=list(MEASUREMENTS),
+        choices=MEASUREMENTS,
+        help="some rows alone",
+    )
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help="rank ten million vectors too: 10 GB on disk, 20 in memory",
+    )
+    parser.add_argument(
+        "--child", nargs="+", help="(of the program itself) one measured process, and its arguments"
+    )
     options = parser.parse_args()
     if options.child:
         name, *arguments = options.child
@@ -64,10 +76,19 @@ def main() -> None:
 
 def child(options: Namespace, name: str, *arguments: object) -> dict:
     """What one measurement returns, run in a process of its own."""
-    command = [sys.executable, __file__, "--data-dir", options.data_dir, "--image-encoder", options.image_encoder]
+    command = [
+        sys.executable,
+        __file__,
+        "--data-dir",
+        options.data_dir,
+        "--image-encoder",
+        options.image_encoder,
+    ]
     command += ["--text-encoder", options.text_encoder, "--child", name, *map(str, arguments)]
     # As on any machine that does not hold NumPy's BLAS to the instructions of older processors.
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("OPENBLAS_")}
+    environment = {
+        key: value for key, value in os.environ.items() if not key.startswith("OPENBLAS_")
+    }
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{name} {arguments} failed:\n{done.stderr[-3000:]}")
@@ -83,7 +104,9 @@ def seconds(work: Callable[[], object]) -> float:
 def own_megabytes() -> float:
     """The most memory that this process ever had, past the file pages that are mapped into it now; of Linux."""
     status = Path("/proc/self/status").read_text()
-    peak, mapped = (int(re.search(rf"{name}:\s+(\d+)", status).group(1)) for name in ("VmHWM", "RssFile"))
+    peak, mapped = (
+        int(re.search(rf"{name}:\s+(\d+)", status).group(1)) for name in ("VmHWM", "RssFile")
+    )
     return (peak - mapped) / 1024
 
 
@@ -97,14 +120,23 @@ def training(options: Namespace) -> Iterator[tuple[str, str, str]]:
     small_data_set(options.data_dir, Path("data"), pictures)
     save_untrained(options.text_encoder)
     for pair, (size, batch, steps) in PAIRS.items():
-        speeds: dict[str, list[float]] = {"trainer.py": [], "bare": [], "open_clip": [], "tutorial": []}
+        speeds: dict[str, list[float]] = {
+            "trainer.py": [],
+            "bare": [],
+            "open_clip": [],
+            "tutorial": [],
+        }
         for name in ("ours", "open_clip", "tutorial", "ours"):
             for what, speed in child(options, name, pair, steps if name == "ours" else 5).items():
                 speeds[what].append(speed)
         speed = {name: statistics.median(values) for name, values in speeds.items()}
         what = f"{pair}, {size} px, batch {batch}: pairs/s of trainer.py over"
         share = speed["trainer.py"] / speed["bare"]
-        yield f"{what} its bare encoders", f"{speed['trainer.py']:.1f} / {speed['bare']:.1f} = {share:.3f}", "≥ 0.95"
+        yield (
+            f"{what} its bare encoders",
+            f"{speed['trainer.py']:.1f} / {speed['bare']:.1f} = {share:.3f}",
+            "≥ 0.95",
+        )
         for name in ("open_clip", "tutorial"):
             ratio, ceiling = speed["trainer.py"] / speed[name], speed["bare"] / speed[name]
             figure = f"{speed['trainer.py']:.1f} / {speed[name]:.1f} = {ratio:.2f}, at most {ceiling:.2f}"
@@ -128,9 +160,14 @@ def small_data_set(data_dir: str, folder: Path, train: int) -> None:
         for name, captions in zip(names[: train + 16], split.captions):
             writer.writerows([name, caption] for caption in captions)
     write_pairs(
-        [(path, captions[0]) for path, captions in zip(split.paths[:train], split.captions)], folder / "pairs.csv"
+        [(path, captions[0]) for path, captions in zip(split.paths[:train], split.captions)],
+        folder / "pairs.csv",
     )
-    for kind, part in (("train", names[:train]), ("dev", names[train : train + 8]), ("test", names[train + 8 :][:8])):
+    for kind, part in (
+        ("train", names[:train]),
+        ("dev", names[train : train + 8]),
+        ("test", names[train + 8 :][:8]),
+    ):
         (folder / f"Flickr_8k.{kind}Images.txt").write_text("\n".join(part))
 
 
@@ -150,10 +187,17 @@ def training_config(options: Namespace, pair: str):
     from config import Config
 
     size, batch, _ = PAIRS[pair]
-    encoders = {"image_encoder": f"local-dir:{options.image_encoder}", "text_encoder": options.text_encoder}
+    encoders = {
+        "image_encoder": f"local-dir:{options.image_encoder}",
+        "text_encoder": options.text_encoder,
+    }
     if pair != "stand-ins":
         encoders = {"image_encoder": "resnet50", "text_encoder": "distilbert", "pretrained": False}
-    whole = {"freeze_image_encoder": 0.0, "freeze_text_encoder": 0.0, "drop_path": 0.0}  # as the others train them
+    whole = {
+        "freeze_image_encoder": 0.0,
+        "freeze_text_encoder": 0.0,
+        "drop_path": 0.0,
+    }  # as the others train them
     return Config(data_dir="data", image_size=size, batch_size=batch, epochs=4, **encoders, **whole)
 
 
@@ -166,9 +210,9 @@ def ours(options: Namespace, pair: str, steps: str) -> dict[str, float]:
     config = training_config(options, pair)
     run = trainer.prepare(config, None)
     run.loader.batch_sampler.pictures = int(steps) * config.batch_size
-    batches = list(trainer.training_loader(run.splits["train"], run.tokenizer, config, run.process.device))[
-        : int(steps)
-    ]
+    batches = list(
+        trainer.training_loader(run.splits["train"], run.tokenizer, config, run.process.device)
+    )[: int(steps)]
 
     def bare() -> None:
         for pixels, texts in batches:
@@ -180,7 +224,9 @@ def ours(options: Namespace, pair: str, steps: str) -> dict[str, float]:
     pairs = int(steps) * config.batch_size
     speeds: dict[str, list[float]] = {"trainer.py": [], "bare": []}
     for epoch in (1, 2):
-        speeds["trainer.py"].append(pairs / seconds(lambda epoch=epoch: trainer.train_epoch(run, epoch)))
+        speeds["trainer.py"].append(
+            pairs / seconds(lambda epoch=epoch: trainer.train_epoch(run, epoch))
+        )
         speeds["bare"].append(pairs / seconds(bare))
     assert all(torch.isfinite(parameter).all() for parameter in run.model.parameters())
     return {name: statistics.median(values) for name, values in speeds.items()}
@@ -201,7 +247,16 @@ def open_clip(options: Namespace, pair: str, steps: str) -> dict[str, float]:
     describe_to_open_clip(image, text, size)
     rows = Path("data/pairs.csv").read_text().splitlines()[: 1 + int(steps) * batch]
     Path("some_pairs.csv").write_text("\n".join(rows))
-    arguments = ["--batch-size", str(batch), "--workers", "4", "--logs", "none", "--precision", "fp32"]
+    arguments = [
+        "--batch-size",
+        str(batch),
+        "--workers",
+        "4",
+        "--logs",
+        "none",
+        "--precision",
+        "fp32",
+    ]
     return {"open_clip": statistics.median(train_open_clip(Path("some_pairs.csv"), *arguments)[2:])}
 
 
@@ -212,11 +267,21 @@ def tutorial(options: Namespace, pair: str, steps: str) -> dict[str, float]:
     from transformers import AutoModel
 
     from data import read_splits
-    from models import CLIP, Tower, build_image_encoder, load_text_encoder, text_encoder_from_scratch
+    from models import (
+        CLIP,
+        Tower,
+        build_image_encoder,
+        load_text_encoder,
+        text_encoder_from_scratch,
+    )
 
     config = training_config(options, pair)
     split = read_splits("data")["train"]
-    text, _ = load_text_encoder(config) if config.pretrained else text_encoder_from_scratch(config, split.texts)
+    text, _ = (
+        load_text_encoder(config)
+        if config.pretrained
+        else text_encoder_from_scratch(config, split.texts)
+    )
     if not config.pretrained:  # with the vocabulary of its tokeniser
         text.model = AutoModel.from_pretrained("distilbert")
     model = CLIP(Tower(build_image_encoder(config), config), Tower(text, config), 1.0)
@@ -224,7 +289,9 @@ def tutorial(options: Namespace, pair: str, steps: str) -> dict[str, float]:
     folder = options.text_encoder if config.pretrained else "distilbert"
     rows = TutorialRows(paths, split.texts, folder, config.image_size, {})
     speeds, started = [], time.perf_counter()
-    for _ in Tutorial(model, Subset(rows, range(int(steps) * config.batch_size)), config.batch_size).epoch():
+    for _ in Tutorial(
+        model, Subset(rows, range(int(steps) * config.batch_size)), config.batch_size
+    ).epoch():
         speeds.append(config.batch_size / (time.perf_counter() - started))
         started = time.perf_counter()
     return {"tutorial": statistics.median(speeds[2:])}
@@ -238,9 +305,17 @@ def chunks(options: Namespace) -> Iterator[tuple[str, str, str]]:
     """Memory and time of a step with `--chunk-size 32`, by the size of the batch; the small encoders at 128 px."""
     peaks = {batch: child(options, "step", batch, 32)["megabytes"] for batch in (32, 2048)}
     figure = f"{peaks[32]:.0f} / {peaks[2048]:.0f} MB"
-    yield "peak memory of a step in chunks of 32, batch 32 / batch 2,048", figure, "that of the chunk"
+    yield (
+        "peak memory of a step in chunks of 32, batch 32 / batch 2,048",
+        figure,
+        "that of the chunk",
+    )
     slower = child(options, "step", 256, 64)["slower"]
-    yield "time of a step of 256 pairs in chunks of 64 over the whole at once", f"{slower:.2f}", "≤ 1.5"
+    yield (
+        "time of a step of 256 pairs in chunks of 64 over the whole at once",
+        f"{slower:.2f}",
+        "≤ 1.5",
+    )
 
 
 def step(options: Namespace, batch: str, chunk: str) -> dict[str, float]:
@@ -255,7 +330,9 @@ def step(options: Namespace, batch: str, chunk: str) -> dict[str, float]:
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     pixels = torch.randint(256, (int(batch), 3, 128, 128), dtype=torch.uint8)
-    ids = torch.randint(1000, 20_000, (int(batch), 14))  # as long as Flickr8k's captions are on average
+    ids = torch.randint(
+        1000, 20_000, (int(batch), 14)
+    )  # as long as Flickr8k's captions are on average
     texts = [(part, torch.ones_like(part)) for part in ids.split(int(chunk))]
 
     def one_step(chunk_size: int) -> None:
@@ -268,7 +345,9 @@ def step(options: Namespace, batch: str, chunk: str) -> dict[str, float]:
     result = {"megabytes": own_megabytes()}
     if int(batch) <= 256:
         one_step(0)
-        ratios = [seconds(lambda: one_step(int(chunk))) / seconds(lambda: one_step(0)) for _ in range(3)]
+        ratios = [
+            seconds(lambda: one_step(int(chunk))) / seconds(lambda: one_step(0)) for _ in range(3)
+        ]
         result["slower"] = statistics.median(ratios)
     return result
 
@@ -281,7 +360,9 @@ def stand_ins(options: Namespace):
 
     config = training_config(options, "stand-ins")
     text, tokenizer = load_text_encoder(config)
-    model = CLIP(Tower(build_image_encoder(config), config), Tower(text, config), config.temperature)
+    model = CLIP(
+        Tower(build_image_encoder(config), config), Tower(text, config), config.temperature
+    )
     return model.to(memory_format=torch.channels_last), tokenizer, config
 
 
@@ -298,18 +379,28 @@ def search(options: Namespace) -> Iterator[tuple[str, str, str]]:
             if vectors <= 10**6:
                 found = child(options, "rank", array, queries, "both")
             else:  # both do not fit into 24 GiB together
-                found = child(options, "rank", array, queries, "ours") | child(options, "rank", array, queries, "faiss")
+                found = child(options, "rank", array, queries, "ours") | child(
+                    options, "rank", array, queries, "faiss"
+                )
             milliseconds, faiss, floor = (1000 * found[name] for name in ("ours", "faiss", "floor"))
             figure = f"{milliseconds:,.1f} ms, {found['megabytes']:.0f} MB; FAISS {faiss:,.1f} ms"
             target = "no slower than FAISS"
             if queries == 1:
                 target += ", ≤ 1.3 of the floor"
                 figure += f"; floor {floor:,.1f} ms: {milliseconds / floor:.2f}"
-            yield f"{queries:,} queries, {vectors:,} pictures", f"{figure}: {milliseconds / faiss:.2f}", target
+            yield (
+                f"{queries:,} queries, {vectors:,} pictures",
+                f"{figure}: {milliseconds / faiss:.2f}",
+                target,
+            )
         array.unlink()
     recall = child(options, "large_recall")
     figure = f"{recall['seconds']:.0f} s, {recall['megabytes']:,.0f} MB"
-    yield "recall of 155,000 captions for 31,000 pictures", figure, "bounded memory; 19 GB as one matrix"
+    yield (
+        "recall of 155,000 captions for 31,000 pictures",
+        figure,
+        "bounded memory; 19 GB as one matrix",
+    )
 
 
 def draw_vectors(options: Namespace, array: str, vectors: str) -> None:
@@ -334,12 +425,17 @@ def rank(options: Namespace, array: str, queries: str, which: str) -> dict[str, 
 
     pick_device("cpu")
     images = torch.from_numpy(np.load(array, mmap_mode="c"))
-    asked = torch.nn.functional.normalize(torch.randn(int(queries), 256, generator=torch.Generator().manual_seed(1)))
+    asked = torch.nn.functional.normalize(
+        torch.randn(int(queries), 256, generator=torch.Generator().manual_seed(1))
+    )
     result = {}
     if which != "faiss":
         top_matches(asked, images, 8)
         result["megabytes"] = own_megabytes()
-    works: dict[str, Callable] = {"ours": lambda: top_matches(asked, images, 8), "floor": lambda: images.sum()}
+    works: dict[str, Callable] = {
+        "ours": lambda: top_matches(asked, images, 8),
+        "floor": lambda: images.sum(),
+    }
     if which == "faiss":
         works = {}
     if which != "ours":
@@ -352,9 +448,13 @@ def rank(options: Namespace, array: str, queries: str, which: str) -> dict[str, 
     for _ in range(rounds if len(images) <= 10**6 else 1):
         for name, work in works.items():
             time.sleep(0.1)  # until the threads of the library before are asleep
-            times[name].append(min(seconds(work) for _ in range(4 if len(images) * len(asked) <= 10**8 else 1)))
+            times[name].append(
+                min(seconds(work) for _ in range(4 if len(images) * len(asked) <= 10**8 else 1))
+            )
     if which == "both":
-        same = (top_matches(asked, images, 8)[1].numpy() == index.search(asked.numpy(), 8)[1]).mean()
+        same = (
+            top_matches(asked, images, 8)[1].numpy() == index.search(asked.numpy(), 8)[1]
+        ).mean()
         assert same > 0.999, f"only {same:.2%} of the matches are FAISS's"
     return result | {name: statistics.median(values) for name, values in times.items()}
 
@@ -378,7 +478,11 @@ def folder(options: Namespace) -> Iterator[tuple[str, str, str]]:
     for encoder, size, pictures in (("resnet50", 224, 384), ("tf_efficientnet_lite0", 224, 1280)):
         found = child(options, "embed", encoder, size, pictures)
         figure = f"{found['ours']:.0f} / {found['bare']:.0f} = {found['ours'] / found['bare']:.3f}"
-        yield f"pictures/s embedded from files over bare forward, {encoder}, {size} px", figure, "≥ 0.95"
+        yield (
+            f"pictures/s embedded from files over bare forward, {encoder}, {size} px",
+            figure,
+            "≥ 0.95",
+        )
 
 
 def embed(options: Namespace, encoder: str, size: str, pictures: str) -> dict[str, float]:
@@ -392,10 +496,15 @@ def embed(options: Namespace, encoder: str, size: str, pictures: str) -> dict[st
     device = pick_device("cpu")
     # Without augmentation pictures are embedded at the very size.
     config = Config(image_size=int(size), augment=False, num_workers=SearchConfig("").num_workers)
-    tower = Tower(ImageEncoder(encoder, int(size)), config).eval().to(memory_format=torch.channels_last)
+    tower = (
+        Tower(ImageEncoder(encoder, int(size)), config).eval().to(memory_format=torch.channels_last)
+    )
     paths = read_splits(options.data_dir)["train"].paths[: int(pictures)]
     transform = Transform(int(size))
-    batches = [stack([transform(read_picture(path)) for path in paths[i : i + 64]]) for i in range(0, len(paths), 64)]
+    batches = [
+        stack([transform(read_picture(path)) for path in paths[i : i + 64]])
+        for i in range(0, len(paths), 64)
+    ]
 
     @torch.inference_mode()
     def bare() -> None:
@@ -437,13 +546,17 @@ def second_query(options: Namespace) -> Iterator[tuple[str, str, str]]:
         for name, command in commands.items():
             environment = os.environ | {"PYTHONPATH": str(ROOT)}
             started = time.perf_counter()
-            done = subprocess.run([sys.executable, "-c", *command], env=environment, capture_output=True, text=True)
+            done = subprocess.run(
+                [sys.executable, "-c", *command], env=environment, capture_output=True, text=True
+            )
             if turn:  # the first embeds
                 times[name].append(time.perf_counter() - started)
             assert done.returncode == 0, done.stderr
             assert not turn or name == "alone" or done.stdout.endswith("[]\n"), done.stdout
     ours, alone = statistics.median(times["ours"]), statistics.median(times["alone"])
-    what = f"a second query over {pictures:,} pictures, over import torch and the text encoder alone"
+    what = (
+        f"a second query over {pictures:,} pictures, over import torch and the text encoder alone"
+    )
     yield what, f"{ours:.2f} / {alone:.2f} s = {ours / alone:.2f}", "≤ 1.5"
 
 
@@ -456,13 +569,26 @@ def save_weights(options: Namespace) -> dict[str, int]:
     from models import pack_weights
 
     model, tokenizer, config = stand_ins(options)
-    torch.save(pack_weights(model, tokenizer, replace(config, data_dir=options.data_dir), "a dog"), "weights.pt")
+    torch.save(
+        pack_weights(model, tokenizer, replace(config, data_dir=options.data_dir), "a dog"),
+        "weights.pt",
+    )
     return {"pictures": len(read_splits(options.data_dir)["test"].paths)}
 
 
 CHILDREN: dict[str, Callable] = {
     work.__name__: work
-    for work in (ours, open_clip, tutorial, step, draw_vectors, rank, large_recall, embed, save_weights)
+    for work in (
+        ours,
+        open_clip,
+        tutorial,
+        step,
+        draw_vectors,
+        rank,
+        large_recall,
+        embed,
+        save_weights,
+    )
 }
 
 if __name__ == "__main__":

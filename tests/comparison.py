@@ -31,18 +31,40 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 K = (1, 5, 10)
 BATCH = 64  # open_clip's default
-CONTEXT = 48  # tokens; open_clip pads every caption to 77 by default, and Flickr8k's have 42 at most
+CONTEXT = (
+    48  # tokens; open_clip pads every caption to 77 by default, and Flickr8k's have 42 at most
+)
 
 
 def main() -> None:
     parser = measuring_parser(__doc__.splitlines()[0])
-    parser.add_argument("--image-size", type=int, default=224, help="side of the pictures, in pixels")
+    parser.add_argument(
+        "--image-size", type=int, default=224, help="side of the pictures, in pixels"
+    )
     parser.add_argument("--minutes", type=float, default=45, help="of training alone")
-    parser.add_argument("--split", choices=("dev", "test"), default="dev", help="what is scored, at the end alone")
-    parser.add_argument("--open-clip-lr", type=float, nargs="*", default=[], help="train with open_clip at each rate")
-    parser.add_argument("--tutorial-times", type=float, nargs="*", default=[], help="the tutorial's rates times each")
-    parser.add_argument("--weights", type=absolute, nargs="*", default=[], help="score weights of trainer.py")
-    parser.add_argument("--child", nargs=2, help="(of the program itself) one run: its program and rate")
+    parser.add_argument(
+        "--split", choices=("dev", "test"), default="dev", help="what is scored, at the end alone"
+    )
+    parser.add_argument(
+        "--open-clip-lr",
+        type=float,
+        nargs="*",
+        default=[],
+        help="train with open_clip at each rate",
+    )
+    parser.add_argument(
+        "--tutorial-times",
+        type=float,
+        nargs="*",
+        default=[],
+        help="the tutorial's rates times each",
+    )
+    parser.add_argument(
+        "--weights", type=absolute, nargs="*", default=[], help="score weights of trainer.py"
+    )
+    parser.add_argument(
+        "--child", nargs=2, help="(of the program itself) one run: its program and rate"
+    )
     options = parser.parse_args()
     if options.child:
         program, setting = options.child
@@ -50,7 +72,9 @@ def main() -> None:
             result = PROGRAMS[program](options, setting, Path(folder))
         print(json.dumps(result))
         return
-    print(f"| program | rate | pairs | minutes | {options.split} text→image R@1/5/10 | image→text |")
+    print(
+        f"| program | rate | pairs | minutes | {options.split} text→image R@1/5/10 | image→text |"
+    )
     print("| --- | --- | --- | --- | --- | --- |", flush=True)
     runs = [("trainer.py", weights) for weights in options.weights]
     runs += [("open_clip", lr) for lr in options.open_clip_lr]
@@ -77,7 +101,9 @@ def recalls(images: np.ndarray, texts: np.ndarray, picture_of_text: np.ndarray) 
     """
     images, texts = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (images, texts))
 
-    def found(queries: Iterable[np.ndarray], answers: np.ndarray, right: Callable[[int], np.ndarray]) -> np.ndarray:
+    def found(
+        queries: Iterable[np.ndarray], answers: np.ndarray, right: Callable[[int], np.ndarray]
+    ) -> np.ndarray:
         firsts = []
         for number, query in enumerate(queries):
             is_right = right(number)
@@ -90,7 +116,9 @@ def recalls(images: np.ndarray, texts: np.ndarray, picture_of_text: np.ndarray) 
         "t2i": found(texts, images, lambda text: numbers == picture_of_text[text]),
         "i2t": found(images, texts, lambda image: picture_of_text == image),
     }
-    return {f"{way}_r{k}": 100 * float(np.mean(first < k)) for way, first in ways.items() for k in K}
+    return {
+        f"{way}_r{k}": 100 * float(np.mean(first < k)) for way, first in ways.items() for k in K
+    }
 
 
 @torch.inference_mode()
@@ -108,8 +136,12 @@ def score(
     def embed(encode: Callable[[list], torch.Tensor], items: list) -> np.ndarray:
         return torch.cat([encode(items[i : i + 100]) for i in range(0, len(items), 100)]).numpy()
 
-    picture_of_text = np.repeat(np.arange(len(part.paths)), [len(captions) for captions in part.captions])
-    return recalls(embed(encode_images, part.paths), embed(encode_texts, part.texts), picture_of_text)
+    picture_of_text = np.repeat(
+        np.arange(len(part.paths)), [len(captions) for captions in part.captions]
+    )
+    return recalls(
+        embed(encode_images, part.paths), embed(encode_texts, part.texts), picture_of_text
+    )
 
 
 # ---------------------------------------------------------------- the three programs
@@ -127,7 +159,9 @@ def trainer_py(options: Namespace, weights_path: str, folder: Path) -> dict:
     config, model = weights["config"], load_clip(weights)
     transform = Transform(search_size(model.image, config))
     if config.image_size != options.image_size:
-        sys.exit(f"{weights_path}: trained at {config.image_size} px; give --image-size {config.image_size}")
+        sys.exit(
+            f"{weights_path}: trained at {config.image_size} px; give --image-size {config.image_size}"
+        )
     metrics = score(
         lambda paths: model.encode_image(stack(transform(read_picture(path)) for path in paths)),
         lambda texts: model.encode_text(*tokenize(weights["tokenizer"], texts)),
@@ -154,9 +188,15 @@ def open_clip(options: Namespace, lr: str, folder: Path) -> dict:
 
     os.chdir(folder)
     split = read_splits(options.data_dir)["train"]
-    pairs = [(path, caption) for path, captions in zip(split.paths, split.captions) for caption in captions]
+    pairs = [
+        (path, caption)
+        for path, captions in zip(split.paths, split.captions)
+        for caption in captions
+    ]
     random.Random(0).shuffle(pairs)
-    describe_to_open_clip(f"local-dir:{options.image_encoder}", options.text_encoder, options.image_size)
+    describe_to_open_clip(
+        f"local-dir:{options.image_encoder}", options.text_encoder, options.image_size
+    )
     arguments = ["--batch-size", str(BATCH), "--workers", "4", "--pretrained-image"]
     arguments += ["--force-context-length", str(CONTEXT)]
     statistics = pixel_statistics(options)
@@ -164,7 +204,14 @@ def open_clip(options: Namespace, lr: str, folder: Path) -> dict:
         arguments += [flag, *map(str, values)]
     write_pairs(pairs[: 12 * BATCH], Path("try.csv"))
     speed, precision = max(
-        (np.median(train_open_clip(Path("try.csv"), *arguments, "--precision", each, "--logs", "none")[4:]), each)
+        (
+            np.median(
+                train_open_clip(Path("try.csv"), *arguments, "--precision", each, "--logs", "none")[
+                    4:
+                ]
+            ),
+            each,
+        )
         for each in ("fp32", "amp_bf16")
     )
     arguments += ["--precision", precision]
@@ -173,12 +220,17 @@ def open_clip(options: Namespace, lr: str, folder: Path) -> dict:
     rate = ["--lr", lr, "--warmup", str(steps // 10), "--logs", "logs", "--name", "run"]
     speeds = train_open_clip(Path("pairs.csv"), *arguments, *rate)
     model, _, preprocess = library.create_model_and_transforms(
-        OPEN_CLIP_MODEL, "logs/run/checkpoints/epoch_1.pt", image_mean=statistics["mean"], image_std=statistics["std"]
+        OPEN_CLIP_MODEL,
+        "logs/run/checkpoints/epoch_1.pt",
+        image_mean=statistics["mean"],
+        image_std=statistics["std"],
     )
     model.eval()
     tokenizer = library.get_tokenizer(OPEN_CLIP_MODEL, context_length=CONTEXT)
     metrics = score(
-        lambda paths: model.encode_image(torch.stack([preprocess(Image.open(path)) for path in paths])),
+        lambda paths: model.encode_image(
+            torch.stack([preprocess(Image.open(path)) for path in paths])
+        ),
         lambda texts: model.encode_text(tokenizer(texts)),
         options.data_dir,
         options.split,
@@ -209,15 +261,26 @@ def tutorial(options: Namespace, times: str, folder: Path) -> dict:
     pick_device("cpu")
     torch.manual_seed(0)
     splits = read_splits(options.data_dir)
-    encoders = {"image_encoder": f"local-dir:{options.image_encoder}", "text_encoder": options.text_encoder}
-    config = Config(image_size=options.image_size, dropout=0.1, drop_path=0.0, **encoders)  # dropout as in the tutorial
+    encoders = {
+        "image_encoder": f"local-dir:{options.image_encoder}",
+        "text_encoder": options.text_encoder,
+    }
+    config = Config(
+        image_size=options.image_size, dropout=0.1, drop_path=0.0, **encoders
+    )  # dropout as in the tutorial
     text, tokenizer = load_text_encoder(config)
     model = CLIP(Tower(build_image_encoder(config), config), Tower(text, config), 1.0)
     statistics = pixel_statistics(options)
 
     def rows(split: str) -> TutorialRows:
-        paths = [path for path, captions in zip(splits[split].paths, splits[split].captions) for _ in captions]
-        return TutorialRows(paths, splits[split].texts, options.text_encoder, options.image_size, statistics)
+        paths = [
+            path
+            for path, captions in zip(splits[split].paths, splits[split].captions)
+            for _ in captions
+        ]
+        return TutorialRows(
+            paths, splits[split].texts, options.text_encoder, options.image_size, statistics
+        )
 
     training, dev = Tutorial(model, rows("train"), batch_size=32, times=float(times)), rows("dev")
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(training.optimizer, patience=1, factor=0.8)
@@ -232,11 +295,16 @@ def tutorial(options: Namespace, times: str, folder: Path) -> dict:
         loss = training.mean_loss(dev)
         plateau.step(loss)
         if loss < smallest:
-            smallest, best = loss, {name: value.clone() for name, value in model.state_dict().items()}
+            smallest, best = (
+                loss,
+                {name: value.clone() for name, value in model.state_dict().items()},
+            )
     model.load_state_dict(best)
     model.eval()
     metrics = score(
-        lambda paths: training.encode_image(torch.stack([training.rows.pixels(path) for path in paths])),
+        lambda paths: training.encode_image(
+            torch.stack([training.rows.pixels(path) for path in paths])
+        ),
         lambda texts: training.encode_text(*tokenize(tokenizer, texts)),
         options.data_dir,
         options.split,

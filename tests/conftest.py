@@ -15,7 +15,9 @@ from torch import Tensor
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")  # tiny models: one is enough
+os.environ.update(
+    HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1"
+)  # tiny models: one is enough
 
 import trainer  # noqa: E402
 from config import Config  # noqa: E402
@@ -29,12 +31,29 @@ from models import (  # noqa: E402
 )
 from trainer import main as train  # noqa: E402
 
-TINY = ["--demo", "--image-size", "32", "--batch-size", "8", "--epochs", "2", "--num-workers", "0", "--device", "cpu"]
+TINY = [
+    "--demo",
+    "--image-size",
+    "32",
+    "--batch-size",
+    "8",
+    "--epochs",
+    "2",
+    "--num-workers",
+    "0",
+    "--device",
+    "cpu",
+]
 STEPS = 6  # of such a run in an epoch: 48 pictures in batches of 8
 FILES = ["best.pt", "curves.png", "last.pt", "metrics.csv", "test.json"]
 TIMES = ["seconds", "pairs_per_second"]  # the columns in which equal runs may differ
 
-CAPTIONS = ["a red circle", "a small green square, and a blue triangle below it", "two diamonds", "Ein großer Kreis"]
+CAPTIONS = [
+    "a red circle",
+    "a small green square, and a blue triangle below it",
+    "two diamonds",
+    "Ein großer Kreis",
+]
 CONFIG = Config(
     image_encoder="test_resnet",
     image_size=64,
@@ -55,16 +74,28 @@ CONFIG = Config(
 def without_network() -> list[str]:
     """What to put before a command so that it has no network, where this system lets a user do that."""
     cut_off = ["unshare", "--map-root-user", "--net"]
-    possible = shutil.which("unshare") and subprocess.run([*cut_off, "true"], capture_output=True).returncode == 0
+    possible = (
+        shutil.which("unshare")
+        and subprocess.run([*cut_off, "true"], capture_output=True).returncode == 0
+    )
     return cut_off if possible else []
 
 
-def script(*command: str, cwd: Path, network: bool = True, processes: int = 0) -> subprocess.CompletedProcess:
+def script(
+    *command: str, cwd: Path, network: bool = True, processes: int = 0
+) -> subprocess.CompletedProcess:
     """Runs `trainer.py ...` or `inference.py ...` in a process of its own, or in so many that torchrun starts."""
     name, *arguments = command
     cut_off = [] if network else without_network()
-    environment = os.environ | {"HF_HOME": str(cwd / "empty-cache"), "TORCH_HOME": str(cwd / "empty-cache")}
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
+    environment = os.environ | {
+        "HF_HOME": str(cwd / "empty-cache"),
+        "TORCH_HOME": str(cwd / "empty-cache"),
+    }
+    torchrun = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        if processes
+        else []
+    )
     with subprocess.Popen(
         [*cut_off, sys.executable, *torchrun, str(ROOT / name), *arguments],
         cwd=cwd,
@@ -124,7 +155,11 @@ def names_in(folder: Path) -> list[str]:
 def build(config: Config) -> tuple[CLIP, Tokenizer]:
     """An untrained model whose batch-norm statistics are no longer those of a fresh one, and its tokeniser."""
     torch.manual_seed(0)
-    load = load_text_encoder(config) if config.pretrained else text_encoder_from_scratch(config, CAPTIONS)
+    load = (
+        load_text_encoder(config)
+        if config.pretrained
+        else text_encoder_from_scratch(config, CAPTIONS)
+    )
     image, (text, tokenizer) = build_image_encoder(config), load
     model = CLIP(Tower(image, config), Tower(text, config), config.temperature)
     if not config.pretrained:

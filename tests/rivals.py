@@ -24,14 +24,21 @@ OPEN_CLIP_MODEL = "measured"  # the name under which open_clip finds the descrip
 def write_pairs(pairs: list[tuple[Path, str]], table: Path) -> None:
     """open_clip's CSV, a row for each picture with one caption."""
     with table.open("w", newline="") as file:
-        csv.writer(file).writerows([("filepath", "title"), *((path.absolute(), caption) for path, caption in pairs)])
+        csv.writer(file).writerows(
+            [("filepath", "title"), *((path.absolute(), caption) for path, caption in pairs)]
+        )
 
 
 def describe_to_open_clip(image_encoder: str, text_encoder: str, image_size: int) -> None:
     """Makes the two encoders one model of open_clip's, with its linear and two-layer heads."""
     import open_clip
 
-    vision = {"timm_model_name": image_encoder, "timm_pool": "", "timm_proj": "linear", "image_size": image_size}
+    vision = {
+        "timm_model_name": image_encoder,
+        "timm_pool": "",
+        "timm_proj": "linear",
+        "image_size": image_size,
+    }
     text = {"hf_model_name": text_encoder, "hf_tokenizer_name": text_encoder}
     text |= {"hf_proj_type": "mlp", "hf_pooler_type": "mean_pooler"}
     description = {"embed_dim": 256, "vision_cfg": vision, "text_cfg": text}
@@ -51,7 +58,16 @@ def train_open_clip(table: Path, *arguments: str) -> list[float]:
 
     kept = Kept()
     logging.getLogger().addHandler(kept)
-    keys = ["--csv-img-key", "filepath", "--csv-caption-key", "title", "--csv-separator", ",", "--dataset-type", "csv"]
+    keys = [
+        "--csv-img-key",
+        "filepath",
+        "--csv-caption-key",
+        "title",
+        "--csv-separator",
+        ",",
+        "--dataset-type",
+        "csv",
+    ]
     options = ["--epochs", "1", "--log-every-n-steps", "1", "--device", "cpu"]
     try:
         main(["--model", OPEN_CLIP_MODEL, "--train-data", str(table), *keys, *options, *arguments])
@@ -64,7 +80,12 @@ class TutorialRows(Dataset):
     """Every caption with its picture as an item of its own, all padded to the longest of the whole data set."""
 
     def __init__(
-        self, paths: list[Path], captions: list[str], tokenizer_folder: str, image_size: int, statistics: dict
+        self,
+        paths: list[Path],
+        captions: list[str],
+        tokenizer_folder: str,
+        image_size: int,
+        statistics: dict,
     ) -> None:
         os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
         import albumentations as A
@@ -72,7 +93,9 @@ class TutorialRows(Dataset):
 
         self.paths = paths
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-        self.encoded = tokenizer(captions, padding=True, truncation=True, max_length=200, return_tensors="pt")
+        self.encoded = tokenizer(
+            captions, padding=True, truncation=True, max_length=200, return_tensors="pt"
+        )
         self.transform = A.Compose([A.Resize(image_size, image_size), A.Normalize(**statistics)])
 
     def __len__(self) -> int:
@@ -95,11 +118,17 @@ class Tutorial:
     Its usual rates are multiplied by `times`.
     """
 
-    def __init__(self, model: nn.Module, rows: Dataset, batch_size: int, times: float = 1.0) -> None:
+    def __init__(
+        self, model: nn.Module, rows: Dataset, batch_size: int, times: float = 1.0
+    ) -> None:
         self.model, self.rows = model, rows
         self.loader = DataLoader(rows, batch_size, shuffle=True, num_workers=4)
         heads = [*model.image.head.parameters(), *model.text.head.parameters()]
-        parts = ((model.image.encoder.parameters(), 1e-4), (model.text.encoder.parameters(), 1e-5), (heads, 1e-3))
+        parts = (
+            (model.image.encoder.parameters(), 1e-4),
+            (model.text.encoder.parameters(), 1e-5),
+            (heads, 1e-3),
+        )
         groups = [{"params": parameters, "lr": times * rate} for parameters, rate in parts]
         groups[-1]["weight_decay"] = 1e-3
         self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)

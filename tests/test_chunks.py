@@ -46,7 +46,9 @@ def tiny() -> tuple:
     skipped, and its tokeniser."""
     model, tokenizer = build(replace(CONFIG, dropout=0.3, drop_path=0.3))
     for norm in norms(model):
-        nn.init.uniform_(norm.weight, 0.5, 1.5)  # timm starts some with nought, before which nothing has a gradient
+        nn.init.uniform_(
+            norm.weight, 0.5, 1.5
+        )  # timm starts some with nought, before which nothing has a gradient
     return model.train(), tokenizer
 
 
@@ -57,7 +59,9 @@ def batch_of(tokenizer, chunk_size: int) -> Batch:
     return collate(list(zip(pixels, captions)), tokenizer, min(3, chunk_size or BATCH))
 
 
-def gradients(model: CLIP, embeddings_and_scale: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
+def gradients(
+    model: CLIP, embeddings_and_scale: tuple[Tensor, Tensor, Tensor]
+) -> dict[str, Tensor]:
     """Of every parameter that the loss depends on; the model's own are left empty."""
     contrastive_loss(*embeddings_and_scale).backward()
     found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
@@ -65,10 +69,15 @@ def gradients(model: CLIP, embeddings_and_scale: tuple[Tensor, Tensor, Tensor]) 
     return found
 
 
-def plainly(model: CLIP, pixels: Tensor, texts: TokenGroups, chunk_size: int) -> tuple[Tensor, Tensor, Tensor]:
+def plainly(
+    model: CLIP, pixels: Tensor, texts: TokenGroups, chunk_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """The same chunks in the same order, with all their activations kept."""
     text_embeddings = [model.encode_text(ids, mask) for ids, mask in texts]
-    image_embeddings = [model.encode_image(chunk) for chunk in pixels.tensor_split(math.ceil(len(pixels) / chunk_size))]
+    image_embeddings = [
+        model.encode_image(chunk)
+        for chunk in pixels.tensor_split(math.ceil(len(pixels) / chunk_size))
+    ]
     return torch.cat(image_embeddings), torch.cat(text_embeddings), model.logit_scale.exp()
 
 
@@ -126,7 +135,9 @@ def test_dropout_is_at_work_in_both_towers(tiny: tuple):
 
 
 @pytest.mark.parametrize("chunk_size", [1, 3, 5, BATCH, 64])
-def test_without_dropout_and_batch_statistics_the_gradients_are_those_of_the_whole_batch(tiny: tuple, chunk_size: int):
+def test_without_dropout_and_batch_statistics_the_gradients_are_those_of_the_whole_batch(
+    tiny: tuple, chunk_size: int
+):
     model, tokenizer = still(tiny[0]), tiny[1]
     whole = gradients(model, model(*batch_of(tokenizer, 0)))
     chunked = gradients(model, model(*batch_of(tokenizer, chunk_size), chunk_size))
@@ -138,7 +149,9 @@ def test_each_pair_has_all_others_as_its_negatives_and_not_those_of_its_chunk_al
     whole = contrastive_loss(*model(*batch_of(tokenizer, 0)))
     images, texts, scale = model(*batch_of(tokenizer, 5), chunk_size=5)
     assert contrastive_loss(images, texts, scale).item() == pytest.approx(whole.item(), rel=1e-5)
-    halves = [contrastive_loss(images[half], texts[half], scale) for half in (slice(5), slice(5, None))]
+    halves = [
+        contrastive_loss(images[half], texts[half], scale) for half in (slice(5), slice(5, None))
+    ]
     assert sum(halves).item() / 2 < whole.item() - 0.3
 
 
@@ -179,7 +192,9 @@ def test_batch_norm_counts_each_chunk_once_in_its_statistics(tiny: tuple, chunk_
     assert all(momenta)
 
 
-def test_it_would_count_them_twice_if_nobody_kept_its_statistics(tiny: tuple, monkeypatch: pytest.MonkeyPatch):
+def test_it_would_count_them_twice_if_nobody_kept_its_statistics(
+    tiny: tuple, monkeypatch: pytest.MonkeyPatch
+):
     model, tokenizer = tiny
     batch, other = batch_of(tokenizer, 4), deepcopy(model)
     after = after_a_step(model, batch, 4)
@@ -220,10 +235,14 @@ print(json.dumps(peaks))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for it")
 def test_memory_holds_one_chunk_of_activations_however_large_the_batch(tmp_path: Path):
-    (tmp_path / "steps.py").write_text(STEPS_THAT_GROW.format(root=str(ROOT), tests=str(Path(__file__).parent)))
+    (tmp_path / "steps.py").write_text(
+        STEPS_THAT_GROW.format(root=str(ROOT), tests=str(Path(__file__).parent))
+    )
     done = script(str(tmp_path / "steps.py"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    small, chunked, whole = json.loads(done.stdout)  # the peak after each of three steps, larger ones later
+    small, chunked, whole = json.loads(
+        done.stdout
+    )  # the peak after each of three steps, larger ones later
     assert whole - small > 100 * 1024  # kilobytes
     assert chunked - small < (whole - small) / 4
 
@@ -234,7 +253,17 @@ def test_memory_holds_one_chunk_of_activations_however_large_the_batch(tmp_path:
 def test_a_run_in_chunks_trains_and_goes_on_after_a_break_as_if_there_had_been_none(
     workplace: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    flags = [*TINY, "--dropout", "0.3", "--drop-path", "0.3", "--chunk-size", "4", "--data-dir", str(shapes)]
+    flags = [
+        *TINY,
+        "--dropout",
+        "0.3",
+        "--drop-path",
+        "0.3",
+        "--chunk-size",
+        "4",
+        "--data-dir",
+        str(shapes),
+    ]
     (workplace / "unbroken").mkdir()
     done = script("trainer.py", *flags, cwd=workplace / "unbroken")
     assert done.returncode == 0, done.stderr

@@ -28,7 +28,9 @@ def test_both_evaluators_give_the_same_recalls(tied: bool, seed: int):
         images = rng.standard_normal((40, 8))
         texts = images[of] + 0.7 * rng.standard_normal((140, 8))
     apart = recalls(images, texts, of)
-    ours = retrieval_metrics(*(normalize(torch.tensor(x).float(), dim=1) for x in (images, texts)), torch.tensor(of))
+    ours = retrieval_metrics(
+        *(normalize(torch.tensor(x).float(), dim=1) for x in (images, texts)), torch.tensor(of)
+    )
     assert apart == pytest.approx({name: ours[name] for name in RECALLS})
     assert 0 < apart["t2i_r1"] < 100
     assert 0 < apart["i2t_r1"] < 100

@@ -11,7 +11,14 @@ from config import DEMO, Config, SearchConfig, parse
 from inference import main as search
 from trainer import main as train
 
-RUN = {"data_dir": "my/pictures", "name": "mine", "epochs": 40, "batch_size": 16, "pretrained": False, "demo": True}
+RUN = {
+    "data_dir": "my/pictures",
+    "name": "mine",
+    "epochs": 40,
+    "batch_size": 16,
+    "pretrained": False,
+    "demo": True,
+}
 
 
 def flag(name: str) -> str:
@@ -24,7 +31,9 @@ def flag(name: str) -> str:
 def test_training_defaults_are_the_real_thing():
     config = parse(Config, [])
     assert config.data_dir == "data/flickr8k"
-    assert config.download_url == "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k/"
+    assert (
+        config.download_url == "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k/"
+    )
     assert (config.image_encoder, config.text_encoder) == ("resnet50", "distilbert-base-uncased")
     assert config.pretrained and not config.demo and not config.resume
     assert (config.freeze_image_encoder, config.freeze_text_encoder) == (0.5, 0.0)
@@ -45,17 +54,26 @@ def test_the_parsed_defaults_are_those_of_the_class():
     assert parse(SearchConfig, ["--weights", "w.pt"]) == SearchConfig(weights="w.pt")
 
 
-@pytest.mark.parametrize(("name", "settings"), [("trainer.py", Config), ("inference.py", SearchConfig)])
+@pytest.mark.parametrize(
+    ("name", "settings"), [("trainer.py", Config), ("inference.py", SearchConfig)]
+)
 def test_help_shows_every_flag_and_its_default_without_network_data_or_cache(
     name: str, settings: type, workplace: Path
 ):
     shown = script(name, "--help", cwd=workplace, network=False)
     assert (shown.returncode, shown.stderr) == (0, "")
     assert not list(workplace.iterdir())
-    entries = {entry.split(maxsplit=1)[0]: "".join(entry.split()) for entry in re.split(r"\n  (?=-)", shown.stdout)}
+    entries = {
+        entry.split(maxsplit=1)[0]: "".join(entry.split())
+        for entry in re.split(r"\n  (?=-)", shown.stdout)
+    }
     defaults = parse(settings, ["--weights", "w.pt"] if settings is SearchConfig else [])
     for field in fields(settings):
-        entry = next(text for key, text in entries.items() if key.strip(",").replace("_", "-") == flag(field.name))
+        entry = next(
+            text
+            for key, text in entries.items()
+            if key.strip(",").replace("_", "-") == flag(field.name)
+        )
         assert flag(field.name) in entry
         assert len(field.metadata["help"]) > 10
         if field.name != "weights":
@@ -105,7 +123,9 @@ def test_other_defaults_such_as_a_resumed_runs_are_taken_whole():
         (["--pretrained"], "pretrained", True),
     ],
 )
-def test_other_defaults_never_replace_a_flag_that_was_given(given: list[str], name: str, value: object):
+def test_other_defaults_never_replace_a_flag_that_was_given(
+    given: list[str], name: str, value: object
+):
     assert asdict(parse(Config, given, RUN)) == asdict(Config()) | RUN | {name: value}
 
 
@@ -117,7 +137,9 @@ def test_reading_one_command_line_leaves_nothing_behind_for_the_next():
     assert parse(SearchConfig, ["--weights", "w.pt"]).query == []
 
 
-def test_a_settings_file_beside_the_script_is_not_read(workplace: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_settings_file_beside_the_script_is_not_read(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+):
     Path("trainer.args").write_text("--epochs 99")
     monkeypatch.setattr("sys.argv", ["trainer.py"])
     assert parse(Config) == Config()
@@ -226,7 +248,9 @@ def test_the_search_refuses_with_one_line_and_status_two(
     assert_refused(search, arguments, flag_and_what_is_allowed, workplace, capsys)
 
 
-def assert_refused(main, arguments: list[str], said: list[str], workplace: Path, capsys: pytest.CaptureFixture) -> None:
+def assert_refused(
+    main, arguments: list[str], said: list[str], workplace: Path, capsys: pytest.CaptureFixture
+) -> None:
     with pytest.raises(SystemExit) as end:
         main(arguments)
     printed, error = capsys.readouterr()

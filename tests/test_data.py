@@ -43,8 +43,12 @@ from trainer import prepare_data_dir
 
 CAPTION = "A dog runs ."
 LISTED = {"train": ["a.jpg"], "dev": ["b.jpg"], "test": ["c.jpg"]}
-TOKENS = "".join(f"{name}.jpg#{number}\t{name} {number} .\n" for name in "abc" for number in range(2))
-TABLE = "image,caption\n" + "".join(f"{name}.jpg,{name} {number} .\n" for name in "abc" for number in range(2))
+TOKENS = "".join(
+    f"{name}.jpg#{number}\t{name} {number} .\n" for name in "abc" for number in range(2)
+)
+TABLE = "image,caption\n" + "".join(
+    f"{name}.jpg,{name} {number} .\n" for name in "abc" for number in range(2)
+)
 
 
 def write(folder: Path, files: dict[str, str | bytes]) -> Path:
@@ -56,7 +60,9 @@ def write(folder: Path, files: dict[str, str | bytes]) -> Path:
 
 
 def lists(listed: dict[str, list[str]], folder: str = "") -> dict[str, str]:
-    return {f"{folder}Flickr_8k.{split}Images.txt": "\n".join(names) for split, names in listed.items()}
+    return {
+        f"{folder}Flickr_8k.{split}Images.txt": "\n".join(names) for split, names in listed.items()
+    }
 
 
 def kaggle(folder: Path, table: str | bytes = TABLE, pictures: list[str] | None = None) -> Path:
@@ -68,12 +74,16 @@ def kaggle(folder: Path, table: str | bytes = TABLE, pictures: list[str] | None 
 def archives(folder: Path, tokens: str | bytes = TOKENS, text_folder: str = "") -> Path:
     """The archives' layout with lists; reading it opens no picture, so these are empty."""
     pictures = {f"Flicker8k_Dataset/{name}.jpg": b"" for name in "abc"}
-    return write(folder, {f"{text_folder}Flickr8k.token.txt": tokens} | pictures | lists(LISTED, text_folder))
+    return write(
+        folder, {f"{text_folder}Flickr8k.token.txt": tokens} | pictures | lists(LISTED, text_folder)
+    )
 
 
 def table_of(captions: dict[str, list[str]]) -> str:
     file = io.StringIO()
-    csv.writer(file).writerows([("image", "caption"), *((name, text) for name in captions for text in captions[name])])
+    csv.writer(file).writerows(
+        [("image", "caption"), *((name, text) for name in captions for text in captions[name])]
+    )
     return file.getvalue()
 
 
@@ -84,7 +94,10 @@ def captions_in(splits: dict[str, Split]) -> dict[str, list[str]]:
 
 
 def numbered(pictures: int, captions: int = 5) -> dict[str, list[str]]:
-    return {f"{i:03d}.jpg": [f"picture {i} caption {j}" for j in range(captions)] for i in range(pictures)}
+    return {
+        f"{i:03d}.jpg": [f"picture {i} caption {j}" for j in range(captions)]
+        for i in range(pictures)
+    }
 
 
 # ---------------------------------------------------------------- both layouts
@@ -121,8 +134,12 @@ def test_any_text_is_a_caption_in_kaggles_layout(tmp_path: Path, cell: str, capt
     assert captions_in(read_splits(folder))["a.jpg"] == ["a 0 .", "a 1 .", caption]
 
 
-@pytest.mark.parametrize("make", [lambda text: b"\xef\xbb\xbf" + text, lambda text: text.replace(b"\n", b"\r\n")])
-def test_a_byte_order_mark_and_windows_line_ends_change_nothing(tmp_path: Path, make: Callable[[bytes], bytes]):
+@pytest.mark.parametrize(
+    "make", [lambda text: b"\xef\xbb\xbf" + text, lambda text: text.replace(b"\n", b"\r\n")]
+)
+def test_a_byte_order_mark_and_windows_line_ends_change_nothing(
+    tmp_path: Path, make: Callable[[bytes], bytes]
+):
     files = {name: make(text.encode()) for name, text in lists(LISTED).items()}
     one = read_splits(write(kaggle(tmp_path / "kaggle", make(TABLE.encode())), files))
     other = read_splits(write(archives(tmp_path / "archives", make(TOKENS.encode())), files))
@@ -131,32 +148,51 @@ def test_a_byte_order_mark_and_windows_line_ends_change_nothing(tmp_path: Path, 
 
 
 def test_columns_may_stand_in_any_order_among_others(tmp_path: Path):
-    table = "number, caption ,image\n" + "".join(f"{i},{name} runs,{name}.jpg\n" for i, name in enumerate("abc"))
+    table = "number, caption ,image\n" + "".join(
+        f"{i},{name} runs,{name}.jpg\n" for i, name in enumerate("abc")
+    )
     splits = read_splits(write(kaggle(tmp_path, table), lists(LISTED)))
     assert captions_in(splits) == {f"{name}.jpg": [f"{name} runs"] for name in "abc"}
 
 
 def test_data_of_ones_own_may_have_any_picture_names_and_any_number_of_captions(tmp_path: Path):
-    names = ["my dog, 2024.PNG", "Ünï.webp", "sub/folder/x.jpeg", "no-suffix", "a#b.jpg", 'a "b".jpg']
+    names = [
+        "my dog, 2024.PNG",
+        "Ünï.webp",
+        "sub/folder/x.jpeg",
+        "no-suffix",
+        "a#b.jpg",
+        'a "b".jpg',
+    ]
     names += [f"{i}.jpg" for i in range(10)]
-    captions = {name: [f"caption {i} of {len(name)}" for i in range(1 + len(name) % 4)] for name in names}
+    captions = {
+        name: [f"caption {i} of {len(name)}" for i in range(1 + len(name) % 4)] for name in names
+    }
     splits = read_splits(kaggle(tmp_path, table_of(captions), names))
     assert captions_in(splits) == {Path(name).name: texts for name, texts in captions.items()}
 
 
-NAMES = st.text(st.characters(categories=("L", "N", "P", "S"), exclude_characters="/\\"), min_size=1, max_size=20).map(
-    lambda stem: f"{stem}.jpg"
-)
+NAMES = st.text(
+    st.characters(categories=("L", "N", "P", "S"), exclude_characters="/\\"),
+    min_size=1,
+    max_size=20,
+).map(lambda stem: f"{stem}.jpg")
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
-ONE_LINE = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\r\n"), max_size=20)
+ONE_LINE = st.text(
+    st.characters(exclude_categories=("Cs",), exclude_characters="\r\n"), max_size=20
+)
 
 
 def captioned(text: st.SearchStrategy[str]) -> st.SearchStrategy[dict[str, list[str]]]:
     """Three or more pictures, the first caption of each with a word in it."""
-    return st.dictionaries(NAMES, st.lists(text, max_size=3).map(lambda texts: ["A dog", *texts]), min_size=3)
+    return st.dictionaries(
+        NAMES, st.lists(text, max_size=3).map(lambda texts: ["A dog", *texts]), min_size=3
+    )
 
 
-def read_back(files: dict[str, str], pictures: str, captions: dict[str, list[str]]) -> dict[str, list[str]]:
+def read_back(
+    files: dict[str, str], pictures: str, captions: dict[str, list[str]]
+) -> dict[str, list[str]]:
     names = list(captions)
     listed = {"train": names[2:], "dev": names[:1], "test": names[1:2]}
     with tempfile.TemporaryDirectory() as folder:
@@ -165,20 +201,29 @@ def read_back(files: dict[str, str], pictures: str, captions: dict[str, list[str
 
 
 def in_single_spaces(captions: dict[str, list[str]]) -> dict[str, list[str]]:
-    return {name: [" ".join(text.split()) for text in texts if text.split()] for name, texts in captions.items()}
+    return {
+        name: [" ".join(text.split()) for text in texts if text.split()]
+        for name, texts in captions.items()
+    }
 
 
 @settings(deadline=None, max_examples=40)
 @given(captioned(TEXT))
 def test_what_is_written_as_csv_is_read_back(captions: dict[str, list[str]]):
-    assert read_back({"captions.txt": table_of(captions)}, "Images", captions) == in_single_spaces(captions)
+    assert read_back({"captions.txt": table_of(captions)}, "Images", captions) == in_single_spaces(
+        captions
+    )
 
 
 @settings(deadline=None, max_examples=40)
 @given(captioned(ONE_LINE))
 def test_what_is_written_with_tabs_is_read_back(captions: dict[str, list[str]]):
-    tokens = "".join(f"{name}#{i}\t{text}\n" for name in captions for i, text in enumerate(captions[name]))
-    assert read_back({"Flickr8k.token.txt": tokens}, "Flicker8k_Dataset", captions) == in_single_spaces(captions)
+    tokens = "".join(
+        f"{name}#{i}\t{text}\n" for name in captions for i, text in enumerate(captions[name])
+    )
+    assert read_back(
+        {"Flickr8k.token.txt": tokens}, "Flicker8k_Dataset", captions
+    ) == in_single_spaces(captions)
 
 
 # ---------------------------------------------------------------- what is left out
@@ -190,7 +235,9 @@ def test_captions_without_their_picture_are_counted_the_first_named_and_dropped(
     """As in Flickr8k: five captions of a `.jpg.1` that is in no archive."""
     hole = "2258277193_586949ec62.jpg.1"
     captions = numbered(100) | {hole: [CAPTION] * 5}
-    tokens = "".join(f"{name}#{i}\t{text}\n" for name in captions for i, text in enumerate(captions[name]))
+    tokens = "".join(
+        f"{name}#{i}\t{text}\n" for name in captions for i, text in enumerate(captions[name])
+    )
     pictures = {f"Flicker8k_Dataset/{name}": b"" for name in captions if name != hole}
     splits = read_splits(write(tmp_path, {"Flickr8k.token.txt": tokens} | pictures))
     assert captions_in(splits) == numbered(100)
@@ -200,28 +247,49 @@ def test_captions_without_their_picture_are_counted_the_first_named_and_dropped(
 
 
 @pytest.mark.parametrize(("there", "fine"), [(99, True), (98, False)])
-def test_more_than_one_per_cent_without_a_picture_is_an_error(tmp_path: Path, there: int, fine: bool):
+def test_more_than_one_per_cent_without_a_picture_is_an_error(
+    tmp_path: Path, there: int, fine: bool
+):
     captions = numbered(there) | {"gone.jpg": [CAPTION] * 5}
     folder = kaggle(tmp_path, table_of(captions), list(numbered(there)))
     if fine:
         assert captions_in(read_splits(folder)) == numbered(there)
     else:
         error = refusal(lambda: read_splits(folder))
-        for words in (f"5 of {5 * there + 5} captions", "gone.jpg", str(folder / "Images"), "captions.txt", "1 %"):
+        for words in (
+            f"5 of {5 * there + 5} captions",
+            "gone.jpg",
+            str(folder / "Images"),
+            "captions.txt",
+            "1 %",
+        ):
             assert words in error
 
 
 def test_pictures_in_no_list_and_without_a_caption_are_counted_and_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ):
-    names = ["a.jpg", "b.jpg", "c.jpg", "unlisted.jpg", "other.jpg", "wordless.jpg", "blank.jpg", "sub/wordless.jpg"]
+    names = [
+        "a.jpg",
+        "b.jpg",
+        "c.jpg",
+        "unlisted.jpg",
+        "other.jpg",
+        "wordless.jpg",
+        "blank.jpg",
+        "sub/wordless.jpg",
+    ]
     table = f"{TABLE}unlisted.jpg,a cat\nother.jpg,a man\nblank.jpg,\n"
-    splits = read_splits(write(kaggle(tmp_path, table, names), lists(LISTED | {"dev": ["b.jpg", "wordless.jpg"]})))
+    splits = read_splits(
+        write(kaggle(tmp_path, table, names), lists(LISTED | {"dev": ["b.jpg", "wordless.jpg"]}))
+    )
     assert set(captions_in(splits)) == {"a.jpg", "b.jpg", "c.jpg"}
     assert "2 pictures in no split list and 3 without a caption" in capsys.readouterr().out
 
 
-def test_nothing_is_said_to_be_left_out_where_nothing_is(tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_nothing_is_said_to_be_left_out_where_nothing_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+):
     read_splits(archives(tmp_path))
     said = capsys.readouterr().out
     assert "left out" not in said
@@ -238,14 +306,21 @@ def test_split_lists_are_used_in_kaggles_layout_too(tmp_path: Path, capsys: pyte
     assert "no split lists" not in capsys.readouterr().out
 
 
-def test_without_lists_the_split_is_by_picture_always_the_same_and_said(tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_without_lists_the_split_is_by_picture_always_the_same_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+):
     captions = numbered(40)
     backwards = dict(reversed(captions.items()))
     one = read_splits(kaggle(tmp_path / "one", table_of(captions), list(captions)))
-    assert "no split lists; by their names 4 pictures are held out for dev and 4 for test" in capsys.readouterr().out
+    assert (
+        "no split lists; by their names 4 pictures are held out for dev and 4 for test"
+        in capsys.readouterr().out
+    )
     other = read_splits(kaggle(tmp_path / "other", table_of(backwards), list(backwards)))
     for split in SPLITS:
-        assert [path.name for path in one[split].paths] == [path.name for path in other[split].paths]
+        assert [path.name for path in one[split].paths] == [
+            path.name for path in other[split].paths
+        ]
     assert [path.name for path in one["dev"].paths + one["test"].paths] != list(captions)[:8]
 
 
@@ -253,7 +328,9 @@ def test_pictures_that_are_added_leave_nearly_all_others_in_their_split(tmp_path
     before, after = (
         {split: {path.name for path in part.paths} for split, part in read_splits(folder).items()}
         for count in (300, 310)
-        for folder in [kaggle(tmp_path / str(count), table_of(numbered(count)), list(numbered(count)))]
+        for folder in [
+            kaggle(tmp_path / str(count), table_of(numbered(count)), list(numbered(count)))
+        ]
     )
     assert len(after["test"]) == 31
     assert len(after["test"] & before["train"]) <= 3  # by a draw it would be 25
@@ -276,7 +353,9 @@ def test_a_picture_in_two_splits_is_an_error(tmp_path: Path):
 
 
 def test_one_picture_written_in_two_ways_does_not_get_into_two_splits(tmp_path: Path):
-    folder = write(kaggle(tmp_path, f"{TABLE}./a.jpg,a 2 .\n"), lists(LISTED | {"test": ["c.jpg", "./a.jpg"]}))
+    folder = write(
+        kaggle(tmp_path, f"{TABLE}./a.jpg,a 2 .\n"), lists(LISTED | {"test": ["c.jpg", "./a.jpg"]})
+    )
     try:
         splits = read_splits(folder)
     except UserError:
@@ -364,7 +443,9 @@ def test_a_bad_row_of_a_csv_names_file_and_row(tmp_path: Path, row: bytes, said:
         (TABLE + 'a.jpg,"a dog\n', "captions.txt, row 8"),
     ],
 )
-def test_a_csv_without_its_columns_or_with_an_open_quote_is_an_error(tmp_path: Path, table: str, said: str):
+def test_a_csv_without_its_columns_or_with_an_open_quote_is_an_error(
+    tmp_path: Path, table: str, said: str
+):
     error = refusal(lambda: read_splits(kaggle(tmp_path, table)))
     assert str(tmp_path / "captions.txt") in error and "row " in error and said in error
 
@@ -378,12 +459,17 @@ def test_a_list_that_is_missing_or_not_utf8_is_named(tmp_path: Path):
 
 
 @pytest.mark.parametrize("missing", ["Images", "captions.txt"])
-def test_a_folder_in_neither_layout_is_an_error_that_names_what_was_looked_for(tmp_path: Path, missing: str):
+def test_a_folder_in_neither_layout_is_an_error_that_names_what_was_looked_for(
+    tmp_path: Path, missing: str
+):
     folder = kaggle(tmp_path)
     (folder / missing).rename(folder / "elsewhere")
     error = refusal(lambda: read_splits(folder))
     assert str(folder) in error
-    assert all(name in error for name in ("Flicker8k_Dataset", "Flickr8k.token.txt", "Images", "captions.txt"))
+    assert all(
+        name in error
+        for name in ("Flicker8k_Dataset", "Flickr8k.token.txt", "Images", "captions.txt")
+    )
 
 
 # ---------------------------------------------------------------- fetching
@@ -397,7 +483,9 @@ class Answer(BaseHTTPRequestHandler):
             return self.send_error(404)
         body, length = self.server.answers[self.path]
         self.send_response(200)
-        for name, value in ({"Content-Length": length} if isinstance(length, int) else length).items():
+        for name, value in (
+            {"Content-Length": length} if isinstance(length, int) else length
+        ).items():
             self.send_header(name, str(value))
         self.end_headers()
         return self.wfile.write(body)
@@ -412,8 +500,12 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
     monkeypatch.setenv("no_proxy", "*")
     server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
     server.url = f"http://127.0.0.1:{server.server_port}/Flickr8k/"
-    server.answers = {f"/Flickr8k/{name}": (body, len(body)) for name, body in zip(ARCHIVES, sound_archives())}
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    server.answers = {
+        f"/Flickr8k/{name}": (body, len(body)) for name, body in zip(ARCHIVES, sound_archives())
+    }
+    thread = threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+    )
     thread.start()
     yield server
     server.shutdown()
@@ -444,9 +536,13 @@ def damaged(archive: bytes, position: int, bits: int) -> bytes:
     return bytes(broken)
 
 
-def test_both_archives_are_fetched_and_make_a_data_set(workplace: Path, server: ThreadingHTTPServer):
+def test_both_archives_are_fetched_and_make_a_data_set(
+    workplace: Path, server: ThreadingHTTPServer
+):
     fetch_flickr8k(Path("data/flickr8k"), server.url)
-    assert captions_in(read_splits("data/flickr8k")) == {f"{x}.jpg": [f"{x} 0 .", f"{x} 1 ."] for x in "abc"}
+    assert captions_in(read_splits("data/flickr8k")) == {
+        f"{x}.jpg": [f"{x} 0 .", f"{x} 1 ."] for x in "abc"
+    }
     assert [path.name for path in Path("data").iterdir()] == ["flickr8k"]
     assert not list(Path("data/flickr8k").glob("*.zip"))
 
@@ -465,16 +561,22 @@ MANY = zipped({f"{i}.txt": "a dog runs over the snow " * 40 for i in range(20)})
     "answer",
     [
         pytest.param((PICTURES[:-100], len(PICTURES)), id="the connection ends early"),
-        pytest.param((PICTURES, len(PICTURES) + 9), id="an archive that is whole but should be longer"),
+        pytest.param(
+            (PICTURES, len(PICTURES) + 9), id="an archive that is whole but should be longer"
+        ),
         pytest.param((b"", len(PICTURES)), id="nothing comes"),
-        pytest.param((b"64\r\n" + b"x" * 50, {"Transfer-Encoding": "chunked"}), id="a chunk ends early"),
+        pytest.param(
+            (b"64\r\n" + b"x" * 50, {"Transfer-Encoding": "chunked"}), id="a chunk ends early"
+        ),
         pytest.param((PICTURES[:-100], {}), id="no length, and the end is missing"),
         pytest.param((PICTURES[:-100], len(PICTURES) - 100), id="a truncated archive"),
         pytest.param((b"<html>Sorry</html>", 18), id="a web page"),
         pytest.param((damaged(MANY, 60, 1), len(MANY)), id="a member with another sum"),
         pytest.param((damaged(MANY, 35, 0b110), len(MANY)), id="a member that cannot be unpacked"),
         pytest.param((zipped({"../climbed.txt": "x"}),) * 2, id="a member climbs out"),
-        pytest.param((zipped({"a/../../climbed.txt": "x"}),) * 2, id="a member climbs out from within"),
+        pytest.param(
+            (zipped({"a/../../climbed.txt": "x"}),) * 2, id="a member climbs out from within"
+        ),
         pytest.param((zipped({"/climbed.txt": "x"}),) * 2, id="a member with an absolute path"),
         pytest.param(None, id="404"),
     ],
@@ -500,7 +602,9 @@ def test_a_broken_transfer_is_one_error_leaves_no_folder_and_a_second_try_succee
 
 @settings(deadline=None, max_examples=60, derandomize=True)
 @given(st.integers(0, len(TEXTS) - 1), st.integers(1, 255))
-def test_whichever_byte_of_an_archive_is_damaged_it_is_one_error_or_does_no_harm(position: int, bits: int):
+def test_whichever_byte_of_an_archive_is_damaged_it_is_one_error_or_does_no_harm(
+    position: int, bits: int
+):
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder), dict(zip(ARCHIVES, (PICTURES, damaged(TEXTS, position, bits)))))
         fetched = Path(folder, "flickr8k")
@@ -513,8 +617,12 @@ def test_whichever_byte_of_an_archive_is_damaged_it_is_one_error_or_does_no_harm
         assert all(path.read_bytes() in sound for path in fetched.glob("*.txt"))
 
 
-@pytest.mark.parametrize("address", ["http://127.0.0.1:1/", "no address", "http://[/", "gopher://127.0.0.1/"])
-def test_nobody_listening_or_no_address_is_one_error_that_says_what_to_do(workplace: Path, address: str):
+@pytest.mark.parametrize(
+    "address", ["http://127.0.0.1:1/", "no address", "http://[/", "gopher://127.0.0.1/"]
+)
+def test_nobody_listening_or_no_address_is_one_error_that_says_what_to_do(
+    workplace: Path, address: str
+):
     error = refusal(lambda: fetch_flickr8k(Path("data/flickr8k"), address))
     for words in (address, *ARCHIVES, "data/flickr8k", "--data-dir", "--demo"):
         assert words in error
@@ -556,7 +664,9 @@ def test_a_given_folder_that_is_absent_is_an_error_and_fetches_nothing(
     assert not list(workplace.iterdir())
 
 
-def test_the_demos_folder_is_drawn_where_it_is_absent(workplace: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_demos_folder_is_drawn_where_it_is_absent(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+):
     drawn = []
     monkeypatch.setattr("trainer.draw_shapes", drawn.append)
     prepare_data_dir(parse(Config, ["--demo"]))
@@ -577,14 +687,18 @@ def saved(folder: Path, name: str, picture: Image.Image, **options) -> Path:
 def test_grayscale_and_palette_pictures_become_red_green_and_blue(tmp_path: Path):
     grey = read_picture(saved(tmp_path, "grey.png", Image.new("L", (3, 2), 100)))
     assert grey.shape == (2, 3, 3) and grey.dtype == np.uint8 and (grey == 100).all()
-    palette = read_picture(saved(tmp_path, "palette.png", Image.new("RGB", (3, 2), (255, 0, 0)).convert("P")))
+    palette = read_picture(
+        saved(tmp_path, "palette.png", Image.new("RGB", (3, 2), (255, 0, 0)).convert("P"))
+    )
     assert palette.shape == (2, 3, 3) and (palette == (255, 0, 0)).all()
     black_and_white = read_picture(saved(tmp_path, "bits.png", Image.new("1", (3, 2), 1)))
     assert black_and_white.shape == (2, 3, 3) and (black_and_white == 255).all()
 
 
 def test_cmyk_pictures_become_red_green_and_blue(tmp_path: Path):
-    pixels = read_picture(saved(tmp_path, "print.jpg", Image.new("CMYK", (16, 8), (0, 255, 255, 0)), quality=95))
+    pixels = read_picture(
+        saved(tmp_path, "print.jpg", Image.new("CMYK", (16, 8), (0, 255, 255, 0)), quality=95)
+    )
     assert pixels.shape == (8, 16, 3)
     assert (abs(pixels.astype(int) - (255, 0, 0)) < 10).all()
 
@@ -635,8 +749,15 @@ def test_a_picture_that_its_camera_says_is_turned_is_turned_upright(tmp_path: Pa
 def test_a_picture_is_turned_as_pillow_turns_it(tmp_path: Path, orientation: int):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    path = saved(tmp_path, "turned.png", Image.fromarray(np.arange(24, dtype=np.uint8).reshape(4, 6)), exif=exif)
-    assert (read_picture(path)[:, :, 0] == np.array(ImageOps.exif_transpose(Image.open(path)))).all()
+    path = saved(
+        tmp_path,
+        "turned.png",
+        Image.fromarray(np.arange(24, dtype=np.uint8).reshape(4, 6)),
+        exif=exif,
+    )
+    assert (
+        read_picture(path)[:, :, 0] == np.array(ImageOps.exif_transpose(Image.open(path)))
+    ).all()
 
 
 def test_a_picture_whose_exif_is_damaged_elsewhere_is_turned_too(tmp_path: Path):
@@ -644,7 +765,9 @@ def test_a_picture_whose_exif_is_damaged_elsewhere_is_turned_too(tmp_path: Path)
     exif[0x0112], exif[0x0100] = 6, 40  # turned, and a width of 40 ...
     path = saved(tmp_path, "damaged.jpg", Image.new("RGB", (40, 30)), exif=exif)
     width = exif.tobytes()[16:22]  # tag 0x0100, a number (4), one of it
-    path.write_bytes(path.read_bytes().replace(width, width[:2] + b"\0\2" + width[4:]))  # ... that is said to be a text
+    path.write_bytes(
+        path.read_bytes().replace(width, width[:2] + b"\0\2" + width[4:])
+    )  # ... that is said to be a text
     with pytest.raises((struct.error, TypeError, AttributeError)):
         ImageOps.exif_transpose(Image.open(path))
     assert read_picture(path).shape == (40, 30, 3)
@@ -652,7 +775,9 @@ def test_a_picture_whose_exif_is_damaged_elsewhere_is_turned_too(tmp_path: Path)
 
 @pytest.mark.parametrize("size", [(1, 1), (4000, 20), (20, 4000)])
 @pytest.mark.parametrize("augment", [True, False])
-def test_tiny_and_very_long_pictures_are_pictures_too(tmp_path: Path, size: tuple[int, int], augment: bool):
+def test_tiny_and_very_long_pictures_are_pictures_too(
+    tmp_path: Path, size: tuple[int, int], augment: bool
+):
     path = saved(tmp_path, "odd.png", Image.new("RGB", size, (200, 30, 30)))
     assert read_picture(path).shape == (*size[::-1], 3)
     (epoch,) = draws(Split([path] * 2, [[CAPTION]] * 2), augment=augment, batch_size=2)
@@ -662,9 +787,15 @@ def test_tiny_and_very_long_pictures_are_pictures_too(tmp_path: Path, size: tupl
 def broken_pictures(folder: Path) -> list[Path]:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     whole = saved(folder, "whole.jpg", noise).read_bytes()
-    write(folder, {"truncated.jpg": whole[: len(whole) // 2], "empty.jpg": b"", "text.jpg": b"not a picture"})
+    write(
+        folder,
+        {"truncated.jpg": whole[: len(whole) // 2], "empty.jpg": b"", "text.jpg": b"not a picture"},
+    )
     (folder / "folder.jpg").mkdir()
-    return [folder / name for name in ("truncated.jpg", "empty.jpg", "text.jpg", "folder.jpg", "absent.jpg")]
+    return [
+        folder / name
+        for name in ("truncated.jpg", "empty.jpg", "text.jpg", "folder.jpg", "absent.jpg")
+    ]
 
 
 def test_what_cannot_be_read_as_a_picture_is_an_error_that_names_the_file(tmp_path: Path):
@@ -695,10 +826,14 @@ def noisy(tmp_path_factory: pytest.TempPathFactory) -> Split:
 
 
 def tokenizer_of(split: Split, max_length: int = 64) -> Tokenizer:
-    return word_pieces_of([caption for captions in split.captions for caption in captions], max_length)
+    return word_pieces_of(
+        [caption for captions in split.captions for caption in captions], max_length
+    )
 
 
-def draws(split: Split, epochs: tuple[int, ...] = (0,), **changed) -> list[list[tuple[str, torch.Tensor]]]:
+def draws(
+    split: Split, epochs: tuple[int, ...] = (0,), **changed
+) -> list[list[tuple[str, torch.Tensor]]]:
     """For each epoch the (caption, pixels) that one loader gives, in order."""
     config = Config(**{"image_size": 32, "batch_size": 4, "num_workers": 0} | changed)
     tokenizer = tokenizer_of(split)
@@ -709,14 +844,18 @@ def draws(split: Split, epochs: tuple[int, ...] = (0,), **changed) -> list[list[
         loader.batch_sampler.epoch = epoch
         drawn.append([])
         for pixels, groups in loader:
-            rows = [(row, kept) for ids, mask in groups for row, kept in zip(ids, mask, strict=True)]
+            rows = [
+                (row, kept) for ids, mask in groups for row, kept in zip(ids, mask, strict=True)
+            ]
             captions = [texts[tuple(row[kept.bool()].tolist())] for row, kept in rows]
             drawn[-1] += zip(captions, pixels.clone(), strict=True)
     return drawn
 
 
 def same(one: list[tuple[str, torch.Tensor]], other: list[tuple[str, torch.Tensor]]) -> bool:
-    return len(one) == len(other) and all(a == b and torch.equal(p, q) for (a, p), (b, q) in zip(one, other))
+    return len(one) == len(other) and all(
+        a == b and torch.equal(p, q) for (a, p), (b, q) in zip(one, other)
+    )
 
 
 def captions_of(epoch: list[tuple[str, torch.Tensor]]) -> list[str]:
@@ -737,12 +876,16 @@ def test_captions_and_pixels_are_the_same_with_any_number_of_workers_kept_alive(
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_captions_and_pixels_are_the_same_after_a_resume(noisy: Split, three_epochs: list, workers: int):
+def test_captions_and_pixels_are_the_same_after_a_resume(
+    noisy: Split, three_epochs: list, workers: int
+):
     (drawn,) = draws(noisy, (2,), num_workers=workers)
     assert same(drawn, three_epochs[2])
 
 
-def test_captions_and_pixels_do_not_depend_on_the_global_generators(noisy: Split, three_epochs: list):
+def test_captions_and_pixels_do_not_depend_on_the_global_generators(
+    noisy: Split, three_epochs: list
+):
     state = torch.get_rng_state()
     torch.manual_seed(123)
     before = torch.get_rng_state()
@@ -768,11 +911,16 @@ def test_captions_pixels_and_order_differ_between_epochs_and_seeds(
     assert set(captions_of(drawn)) != set(first)
     again = [(pixels, first[caption]) for caption, pixels in drawn if caption in first]
     assert again and not any(torch.equal(one, other) for one, other in again)
-    pictures = [[caption.partition("c")[0] for caption in captions_of(part)] for part in (drawn, three_epochs[0])]
+    pictures = [
+        [caption.partition("c")[0] for caption in captions_of(part)]
+        for part in (drawn, three_epochs[0])
+    ]
     assert pictures[0] != pictures[1]
 
 
-def test_each_picture_comes_at_most_once_an_epoch_and_only_the_last_short_batch_is_dropped(three_epochs: list):
+def test_each_picture_comes_at_most_once_an_epoch_and_only_the_last_short_batch_is_dropped(
+    three_epochs: list,
+):
     for epoch in three_epochs:
         pictures = [caption.partition("c")[0] for caption in captions_of(epoch)]
         assert len(pictures) == len(set(pictures)) == 12
@@ -780,7 +928,9 @@ def test_each_picture_comes_at_most_once_an_epoch_and_only_the_last_short_batch_
 
 def test_every_picture_comes_where_the_batches_fit(noisy: Split):
     (epoch,) = draws(noisy, batch_size=7)
-    assert {caption.partition("c")[0] for caption in captions_of(epoch)} == {f"p{i}" for i in range(14)}
+    assert {caption.partition("c")[0] for caption in captions_of(epoch)} == {
+        f"p{i}" for i in range(14)
+    }
 
 
 def test_captions_are_drawn_from_all_of_a_pictures_own_evenly(noisy: Split):
@@ -793,7 +943,9 @@ def test_captions_are_drawn_from_all_of_a_pictures_own_evenly(noisy: Split):
 
 def test_a_caption_comes_with_its_own_picture(noisy: Split):
     (epoch,) = draws(noisy, batch_size=14, augment=False, image_size=40)
-    means = {f"p{i}": read_picture(path)[:, 5:35].mean((0, 1)) for i, path in enumerate(noisy.paths)}
+    means = {
+        f"p{i}": read_picture(path)[:, 5:35].mean((0, 1)) for i, path in enumerate(noisy.paths)
+    }
     for caption, pixels in epoch:
         own = caption.partition("c")[0]
         shown = pixels.double().mean((1, 2)).numpy()
@@ -807,7 +959,9 @@ def halves(folder: Path, captions: list[str]) -> Split:
     """A picture for each caption: red at the left, blue at the right."""
     picture = Image.new("RGB", (64, 48), (200, 60, 60))
     picture.paste((60, 60, 200), (32, 0, 64, 48))
-    return Split([saved(folder, "halves.png", picture)] * len(captions), [[caption] for caption in captions])
+    return Split(
+        [saved(folder, "halves.png", picture)] * len(captions), [[caption] for caption in captions]
+    )
 
 
 def is_mirrored(pixels: torch.Tensor) -> bool:
@@ -819,19 +973,27 @@ def test_a_mirror_image_is_never_drawn_where_the_caption_says_left_or_right(tmp_
     sided = ["a dog on the left", "Right: a dog", "a RIGHT-handed man", "the dog's left, muddy paw"]
     plain = ["a dog on the grass", "a bright light", "a leftover pie", "two dogs"]
     drawn = draws(halves(tmp_path, sided + plain), tuple(range(25)), batch_size=8)
-    mirrored = Counter(caption for epoch in drawn for caption, pixels in epoch if is_mirrored(pixels))
+    mirrored = Counter(
+        caption for epoch in drawn for caption, pixels in epoch if is_mirrored(pixels)
+    )
     assert not set(mirrored) & set(sided)
     assert all(3 <= mirrored[caption] <= 22 for caption in plain[::3]), mirrored
 
 
 def test_a_long_picture_is_trained_on_square_by_square_from_one_end_to_the_other(tmp_path: Path):
-    ramp = np.tile(np.linspace(0, 255, 800).astype(np.uint8)[:, None], (40, 1, 3))  # darkest at its left end
-    split = Split([saved(tmp_path, "ramp.png", Image.fromarray(ramp))] * 40, [["a dog on the left"]] * 40)
+    ramp = np.tile(
+        np.linspace(0, 255, 800).astype(np.uint8)[:, None], (40, 1, 3)
+    )  # darkest at its left end
+    split = Split(
+        [saved(tmp_path, "ramp.png", Image.fromarray(ramp))] * 40, [["a dog on the left"]] * 40
+    )
     (drawn,) = draws(split, batch_size=40)
     means, spans = zip(*((pixels.double().mean(), np.ptp(pixels.numpy())) for _, pixels in drawn))
     assert min(means) < 64
     assert max(means) > 192
-    assert max(spans) < 255 * 40 / 800 * 1.3 * 1.3 + 2  # of a square; contrast and brightness may rise
+    assert (
+        max(spans) < 255 * 40 / 800 * 1.3 * 1.3 + 2
+    )  # of a square; contrast and brightness may rise
 
 
 @pytest.mark.parametrize("side", [8, 200])
@@ -899,7 +1061,9 @@ def test_captions_come_in_four_groups_of_a_chunk_at_most_each_padded_to_its_own_
 
 
 @pytest.mark.parametrize(("chunk_size", "sizes"), [(0, [14]), (4, [4, 4, 4, 2])])
-def test_for_a_gpu_they_come_in_one_group_or_in_chunks(noisy: Split, chunk_size: int, sizes: list[int]):
+def test_for_a_gpu_they_come_in_one_group_or_in_chunks(
+    noisy: Split, chunk_size: int, sizes: list[int]
+):
     config = Config(image_size=32, batch_size=14, chunk_size=chunk_size, num_workers=0)
     loader = training_loader(noisy, tokenizer_of(noisy), config, torch.device("cuda"))
     _, groups = loader.collate_fn([loader.dataset[0, i] for i in range(14)])
@@ -915,7 +1079,9 @@ def test_the_pairs_of_a_batch_come_by_the_length_of_their_captions(noisy: Split)
 
 
 @pytest.mark.parametrize("chunk_size", [2, 3, 14])
-def test_captions_and_pixels_are_the_same_with_chunks_of_any_size(noisy: Split, three_epochs: list, chunk_size: int):
+def test_captions_and_pixels_are_the_same_with_chunks_of_any_size(
+    noisy: Split, three_epochs: list, chunk_size: int
+):
     (drawn,) = draws(noisy, (1,), chunk_size=chunk_size)
     assert same(drawn, three_epochs[1])
 
@@ -974,7 +1140,9 @@ def many_scenes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Split]:
     return read_splits(folder)
 
 
-def test_each_scene_has_five_different_captions_that_tell_all_of_it_but_the_last_no_size(many_scenes: dict[str, Split]):
+def test_each_scene_has_five_different_captions_that_tell_all_of_it_but_the_last_no_size(
+    many_scenes: dict[str, Split],
+):
     for split in many_scenes.values():
         for captions in split.captions:
             assert len(captions) == len(set(captions)) == 5
@@ -982,9 +1150,18 @@ def test_each_scene_has_five_different_captions_that_tell_all_of_it_but_the_last
             assert len({scene_of(caption, KINDS[1:]) for caption in captions}) == 1
 
 
-def test_no_two_scenes_are_equal_so_that_test_scenes_are_never_trained_on(many_scenes: dict[str, Split]):
-    scenes = {name: [scene_of(captions[0]) for captions in part.captions] for name, part in many_scenes.items()}
-    assert {name: len(part) for name, part in scenes.items()} == {"train": 1500, "dev": 100, "test": 100}
+def test_no_two_scenes_are_equal_so_that_test_scenes_are_never_trained_on(
+    many_scenes: dict[str, Split],
+):
+    scenes = {
+        name: [scene_of(captions[0]) for captions in part.captions]
+        for name, part in many_scenes.items()
+    }
+    assert {name: len(part) for name, part in scenes.items()} == {
+        "train": 1500,
+        "dev": 100,
+        "test": 100,
+    }
     everything = [scene for part in scenes.values() for scene in part]
     assert len(everything) == len(set(everything))
     assert not set(scenes["test"]) & set(scenes["train"])
@@ -1009,13 +1186,20 @@ def test_a_scene_shows_what_its_captions_say(many_scenes: dict[str, Split]):
 
 def test_drawing_twice_gives_the_same_files(tmp_path: Path, shapes: Path):
     draw_shapes(tmp_path / "again", train=48, dev=12, test=12)
-    files = [sorted(path.relative_to(folder) for path in folder.rglob("*")) for folder in (shapes, tmp_path / "again")]
+    files = [
+        sorted(path.relative_to(folder) for path in folder.rglob("*"))
+        for folder in (shapes, tmp_path / "again")
+    ]
     assert files[0] == files[1]
     for name in files[0]:
-        assert (shapes / name).is_dir() or (shapes / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+        assert (shapes / name).is_dir() or (shapes / name).read_bytes() == (
+            tmp_path / "again" / name
+        ).read_bytes()
 
 
-def test_a_drawing_that_was_broken_off_is_never_taken_for_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_drawing_that_was_broken_off_is_never_taken_for_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     def killed(*_, **__):
         raise KeyboardInterrupt
 

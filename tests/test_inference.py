@@ -43,7 +43,9 @@ QUERIES = ["a large red circle at the top left", "one blue square, small, in the
 RECALLS = [lambda ranks, k=k: 100 * np.mean(ranks <= k) for k in (1, 5, 10)]
 
 
-def naive_metrics(images: np.ndarray, texts: np.ndarray, picture_of_text: list[int]) -> dict[str, float]:
+def naive_metrics(
+    images: np.ndarray, texts: np.ndarray, picture_of_text: list[int]
+) -> dict[str, float]:
     """Ranks counted one by one; whatever scores the same as the right answer ranks before it."""
     scores, of = (texts @ images.T).tolist(), picture_of_text
     t2i = [sum(not other < row[of[i]] for other in row) for i, row in enumerate(scores)]
@@ -59,15 +61,22 @@ def naive_metrics(images: np.ndarray, texts: np.ndarray, picture_of_text: list[i
 def retrieval_cases(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, list[int]]:
     """Small whole numbers, so that scores are exact and often the same; 1 to 4 captions a picture, in any order."""
     counts = draw(st.lists(st.integers(1, 4), min_size=1, max_size=14))
-    picture_of_text = draw(st.permutations([picture for picture, count in enumerate(counts) for _ in range(count)]))
+    picture_of_text = draw(
+        st.permutations([picture for picture, count in enumerate(counts) for _ in range(count)])
+    )
     rng = np.random.default_rng(draw(st.integers(0, 10_000)))
-    images, texts = (rng.integers(-2, 3, (size, 3)).astype(np.float32) for size in (len(counts), len(picture_of_text)))
+    images, texts = (
+        rng.integers(-2, 3, (size, 3)).astype(np.float32)
+        for size in (len(counts), len(picture_of_text))
+    )
     return images, texts, picture_of_text
 
 
 @settings(max_examples=150, deadline=None)
 @given(case=retrieval_cases(), block=st.sampled_from([1, 3, 1024]))
-def test_recall_and_median_rank_are_those_of_a_naive_count_in_blocks_of_any_size(case: tuple, block: int) -> None:
+def test_recall_and_median_rank_are_those_of_a_naive_count_in_blocks_of_any_size(
+    case: tuple, block: int
+) -> None:
     images, texts, of = case
     metrics = retrieval_metrics(*map(torch.from_numpy, (images, texts)), torch.tensor(of), block)
     assert metrics == pytest.approx(naive_metrics(images, texts, of))
@@ -100,7 +109,9 @@ def test_a_case_worked_out_by_hand_with_ties_and_unequal_captions() -> None:
 @pytest.mark.parametrize("value", [0.5, math.nan, math.inf])
 def test_a_model_that_tells_nothing_apart_scores_0(value: float) -> None:
     picture_of_text = torch.arange(20).repeat_interleave(5)
-    metrics = retrieval_metrics(torch.full((20, 4), value), torch.full((100, 4), value), picture_of_text)
+    metrics = retrieval_metrics(
+        torch.full((20, 4), value), torch.full((100, 4), value), picture_of_text
+    )
     assert {metrics[name] for name in METRICS if "_r" in name} == {0.0}
     assert (metrics["t2i_medr"], metrics["i2t_medr"]) == (20, 96)
 
@@ -122,7 +133,9 @@ def test_a_perfect_model_scores_100_and_median_rank_1() -> None:
 
 @given(ranks=st.lists(st.integers(1, 20), min_size=1, max_size=50), k=st.integers(1, 20))
 def test_recall_at_k_is_the_percentage_of_ranks_up_to_k(ranks: list[int], k: int) -> None:
-    assert recall_at_k(torch.tensor(ranks), k) == pytest.approx(100 * len([r for r in ranks if r <= k]) / len(ranks))
+    assert recall_at_k(torch.tensor(ranks), k) == pytest.approx(
+        100 * len([r for r in ranks if r <= k]) / len(ranks)
+    )
 
 
 @pytest.mark.parametrize("n", [1, 3, 30, 500])
@@ -156,7 +169,9 @@ def test_what_is_not_a_number_comes_first_in_a_large_index_so_that_it_is_noticed
     assert not scores.isfinite().all()
 
 
-def test_the_memory_of_a_ranking_does_not_grow_with_the_index(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_memory_of_a_ranking_does_not_grow_with_the_index(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(inference, "SCORES_AT_ONCE", 2**16)
     peaks = []
     for pictures in (20_000, 400_000):
@@ -192,7 +207,9 @@ def embedded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     original = inference.embed_pictures
 
-    def counted(encode_image: Callable, paths: list[Path], *rest: object, **options: object) -> tuple:
+    def counted(
+        encode_image: Callable, paths: list[Path], *rest: object, **options: object
+    ) -> tuple:
         names.extend(path.name for path in paths)
         return original(encode_image, paths, *rest, **options)
 
@@ -200,7 +217,9 @@ def embedded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def searched(weights: Path, pictures: Path | str, n: int = 100) -> list[list[tuple[int, float, Path]]]:
+def searched(
+    weights: Path, pictures: Path | str, n: int = 100
+) -> list[list[tuple[int, float, Path]]]:
     """What a process of its own would find."""
     found = Searcher(weights, "cpu", 0).search(QUERIES, str(pictures), n)
     return [[(match.rank, match.score, match.path) for match in row] for row in found]
@@ -234,10 +253,14 @@ def test_queries_do_not_change_each_others_answers(weights: Path, pictures: Path
     for query, row in zip(QUERIES, together):
         (alone,) = searcher.search([query], str(pictures), 3)
         assert [match.path for match in alone] == [match.path for match in row]
-        assert [match.score for match in alone] == pytest.approx([match.score for match in row], abs=1e-5)
+        assert [match.score for match in alone] == pytest.approx(
+            [match.score for match in row], abs=1e-5
+        )
 
 
-def test_only_what_is_new_is_embedded(weights: Path, pictures: Path, shapes: Path, embedded: list[str]) -> None:
+def test_only_what_is_new_is_embedded(
+    weights: Path, pictures: Path, shapes: Path, embedded: list[str]
+) -> None:
     searched(weights, pictures)
     names = sorted(path.name for path in pictures.rglob("*.png"))
     embedded.clear()
@@ -250,7 +273,9 @@ def test_only_what_is_new_is_embedded(weights: Path, pictures: Path, shapes: Pat
     shutil.rmtree(weights.with_suffix(".index"))
     for row, anew in zip(found, searched(weights, pictures)):
         assert [path for *_, path in row] == [path for *_, path in anew]
-        assert [score for _, score, _ in row] == pytest.approx([score for _, score, _ in anew], abs=1e-5)
+        assert [score for _, score, _ in row] == pytest.approx(
+            [score for _, score, _ in anew], abs=1e-5
+        )
 
 
 def test_a_picture_changed_to_one_of_the_same_size_is_noticed(
@@ -273,11 +298,15 @@ def test_a_removed_picture_is_found_no_more_and_nothing_is_embedded(
     embedded.clear()
     gone = first[0][0][2]
     gone.unlink()
-    assert [path for *_, path in searched(weights, pictures)[0]] == [path for *_, path in first[0][1:]]
+    assert [path for *_, path in searched(weights, pictures)[0]] == [
+        path for *_, path in first[0][1:]
+    ]
     assert embedded == []
 
 
-def test_two_folders_do_not_evict_each_other(weights: Path, pictures: Path, embedded: list[str]) -> None:
+def test_two_folders_do_not_evict_each_other(
+    weights: Path, pictures: Path, embedded: list[str]
+) -> None:
     other = Path(shutil.copytree(pictures, pictures.with_name("other")))
     (other / "more").rename(other / "less")
     for folder in (pictures, other):
@@ -289,10 +318,14 @@ def test_two_folders_do_not_evict_each_other(weights: Path, pictures: Path, embe
     assert embedded == []
 
 
-def test_other_weights_under_the_same_name_make_a_new_index(weights: Path, pictures: Path, embedded: list[str]) -> None:
+def test_other_weights_under_the_same_name_make_a_new_index(
+    weights: Path, pictures: Path, embedded: list[str]
+) -> None:
     before = searched(weights, pictures)
     content = torch.load(weights, weights_only=True)
-    content["model"]["image.head.projection.weight"] = content["model"]["image.head.projection.weight"].flip(0)
+    content["model"]["image.head.projection.weight"] = content["model"][
+        "image.head.projection.weight"
+    ].flip(0)
     torch.save(content, weights)
     embedded.clear()
     after = searched(weights, pictures)
@@ -341,13 +374,25 @@ def swap_two_pictures(path: Path) -> None:
         pytest.param(lambda index: array(index).write_text("not an array"), id="array overwritten"),
         pytest.param(lambda index: array(index).unlink(), id="array missing"),
         pytest.param(lambda index: resave(array(index), with_nan), id="a row is not a number"),
-        pytest.param(lambda index: resave(array(index), lambda rows: rows[:-1]), id="a row too few"),
-        pytest.param(lambda index: resave(array(index), lambda rows: rows[:, :-1]), id="too narrow"),
-        pytest.param(lambda index: resave(array(index), lambda rows: rows.astype(np.float64)), id="other numbers"),
-        pytest.param(lambda index: resave(array(index), lambda rows: rows.astype(object)), id="pickled objects"),
+        pytest.param(
+            lambda index: resave(array(index), lambda rows: rows[:-1]), id="a row too few"
+        ),
+        pytest.param(
+            lambda index: resave(array(index), lambda rows: rows[:, :-1]), id="too narrow"
+        ),
+        pytest.param(
+            lambda index: resave(array(index), lambda rows: rows.astype(np.float64)),
+            id="other numbers",
+        ),
+        pytest.param(
+            lambda index: resave(array(index), lambda rows: rows.astype(object)),
+            id="pickled objects",
+        ),
         pytest.param(lambda index: cut(listing(index), 0), id="list emptied"),
         pytest.param(lambda index: cut(listing(index), 100), id="list cut"),
-        pytest.param(lambda index: listing(index).write_bytes(b"\xff\xfe\xff"), id="list is not text"),
+        pytest.param(
+            lambda index: listing(index).write_bytes(b"\xff\xfe\xff"), id="list is not text"
+        ),
         pytest.param(lambda index: listing(index).write_text("[]"), id="list of another kind"),
         pytest.param(lambda index: listing(index).write_text("null"), id="list is null"),
         pytest.param(lambda index: swap_two_pictures(listing(index)), id="list edited"),
@@ -392,7 +437,9 @@ def test_a_place_where_no_index_can_be_kept_is_searched_all_the_same(
     assert "index is not kept" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="nothing is read-only to root")
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() == 0, reason="nothing is read-only to root"
+)
 def test_a_read_only_folder_is_searched_all_the_same(weights: Path, pictures: Path) -> None:
     weights.parent.chmod(0o555)
     try:
@@ -465,14 +512,25 @@ def rows_of(printed: str) -> list[tuple[int, float, str]]:
     ],
 )
 def test_the_command_prints_and_draws_n_matches_of_each_query(
-    n: int, shown: int, queries: list[str], weights: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+    n: int,
+    shown: int,
+    queries: list[str],
+    weights: Path,
+    pictures: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     asked = [word for query in queries for word in ("--query", query)]
     main(["--weights", str(weights), "--images", str(pictures), "--n", str(n), *asked, *FLAGS])
     printed = capsys.readouterr().out
-    found = [match for row in Searcher(weights, "cpu", 0).search(queries, str(pictures), n) for match in row]
+    found = [
+        match
+        for row in Searcher(weights, "cpu", 0).search(queries, str(pictures), n)
+        for match in row
+    ]
     assert [rank for rank, *_ in rows_of(printed)] == list(range(1, shown + 1)) * len(queries)
-    assert rows_of(printed) == [(match.rank, round(match.score, 3), str(match.path)) for match in found]
+    assert rows_of(printed) == [
+        (match.rank, round(match.score, 3), str(match.path)) for match in found
+    ]
     assert all(f"\n{query}\n" in printed for query in queries)
     with Image.open("matches.png") as grid:
         assert grid.format == "PNG"
@@ -487,7 +545,8 @@ def test_the_grid_shows_every_match_with_its_rank_score_name_and_query(
 ) -> None:
     paths = sorted((shapes / "Images").iterdir())[:n]
     matches = [
-        [Match(f"query {q}", i + 1, 0.9 - i / 100, path) for i, path in enumerate(paths)] for q in range(queries)
+        [Match(f"query {q}", i + 1, 0.9 - i / 100, path) for i, path in enumerate(paths)]
+        for q in range(queries)
     ]
     figure = draw_matches(matches)
     blocks = figure.subfigs or [figure]
@@ -506,13 +565,19 @@ def test_without_a_query_the_weights_own_example_is_asked(
 
 
 def test_without_a_folder_the_test_pictures_of_the_data_set_are_ranked(
-    trained: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    trained: Path,
+    shapes: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(trained.parent.parent)
     weights = shutil.copy(trained / "last.pt", tmp_path / "last.pt")
     main(["--weights", str(weights), "--n", "100", "--output", str(tmp_path / "grid.png"), *FLAGS])
     test_pictures = (shapes / "Flickr_8k.testImages.txt").read_text().split()
-    assert sorted(Path(path).name for *_, path in rows_of(capsys.readouterr().out)) == sorted(test_pictures)
+    assert sorted(Path(path).name for *_, path in rows_of(capsys.readouterr().out)) == sorted(
+        test_pictures
+    )
 
 
 def test_without_a_folder_and_without_the_data_set_one_line_asks_for_images(
@@ -537,18 +602,34 @@ def test_evaluate_prints_the_recalls_that_training_found(
 
 
 @pytest.mark.parametrize("output", ["no/such/folder/grid.png", "grid.png/inside.png"])
-def test_an_output_that_cannot_be_written_is_one_line(output: str, weights: Path, pictures: Path) -> None:
+def test_an_output_that_cannot_be_written_is_one_line(
+    output: str, weights: Path, pictures: Path
+) -> None:
     Path("grid.png").write_text("a file")
     with pytest.raises(SystemExit, match=re.escape(output)) as stop:
         main(["--weights", str(weights), "--images", str(pictures), "--output", output, *FLAGS])
     assert "\n" not in stop.value.code
 
 
-@pytest.mark.parametrize("output", ["found.PNG", "found.jpg", "found.pdf", "found.csv", "found.CSV"])
+@pytest.mark.parametrize(
+    "output", ["found.PNG", "found.jpg", "found.pdf", "found.csv", "found.CSV"]
+)
 def test_the_ending_of_the_output_says_what_is_written_whatever_its_case(
     output: str, weights: Path, pictures: Path
 ) -> None:
-    main(["--weights", str(weights), "--images", str(pictures), "--n", "2", "--output", output, *FLAGS])
+    main(
+        [
+            "--weights",
+            str(weights),
+            "--images",
+            str(pictures),
+            "--n",
+            "2",
+            "--output",
+            output,
+            *FLAGS,
+        ]
+    )
     start = {".png": b"\x89PNG", ".jpg": b"\xff\xd8", ".pdf": b"%PDF", ".csv": b"query,rank,"}
     assert Path(output).read_bytes().startswith(start[Path(output).suffix.lower()])
 
@@ -568,7 +649,10 @@ def test_asked_the_other_way_round_the_texts_are_ranked_for_a_picture(
 
 
 def test_a_dash_reads_the_queries_from_standard_input(
-    weights: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    weights: Path,
+    pictures: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{QUERIES[0]}\n\n{QUERIES[1]}\n"))
     main(["--weights", str(weights), "--images", str(pictures), "--n", "2", "--query", "-", *FLAGS])
@@ -578,10 +662,23 @@ def test_a_dash_reads_the_queries_from_standard_input(
 
 
 def test_a_dash_reads_the_texts_for_a_picture_too(
-    weights: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    weights: Path,
+    pictures: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(QUERIES)))
-    main(["--weights", str(weights), "--image", str(next(pictures.glob("*.png"))), "--query", "-", *FLAGS])
+    main(
+        [
+            "--weights",
+            str(weights),
+            "--image",
+            str(next(pictures.glob("*.png"))),
+            "--query",
+            "-",
+            *FLAGS,
+        ]
+    )
     assert sorted(text for _, _, text in rows_of(capsys.readouterr().out)) == sorted(QUERIES)
 
 
@@ -592,14 +689,20 @@ def test_weights_that_have_left_their_data_say_so_in_one_line(
     (far := pictures.parent / "far/away").mkdir(parents=True)
     shutil.copy(next(pictures.glob("*.png")), far / "picture.png")
     monkeypatch.chdir(far)
-    with pytest.raises(SystemExit, match=r"^error: \S+, where the weights were trained, is not here"):
+    with pytest.raises(
+        SystemExit, match=r"^error: \S+, where the weights were trained, is not here"
+    ):
         main(["--weights", str(weights), *asked, *FLAGS])
 
 
-def test_the_command_opens_no_display(weights: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_opens_no_display(
+    weights: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("DISPLAY", "WAYLAND_DISPLAY", "MPLBACKEND"):
         monkeypatch.delenv(name, raising=False)
-    done = script("inference.py", "--weights", "best.pt", "--images", "pictures", *FLAGS, cwd=pictures.parent)
+    done = script(
+        "inference.py", "--weights", "best.pt", "--images", "pictures", *FLAGS, cwd=pictures.parent
+    )
     assert done.returncode == 0, done.stderr
     assert Path("matches.png").stat().st_size > 5000
     assert len(rows_of(done.stdout)) == 8

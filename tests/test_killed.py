@@ -24,7 +24,13 @@ from trainer import main
 KILLS = int(os.environ.get("CLIP_KILLS", "4"))
 EPOCHS = 4
 FLAGS = [*TINY, "--epochs", str(EPOCHS), "--dropout", "0.3", "--drop-path", "0.3", "--augment"]
-WRITTEN = ["best.pt", "last.pt", "metrics.csv", "curves.png", "test.json"]  # after an epoch, in this order
+WRITTEN = [
+    "best.pt",
+    "last.pt",
+    "metrics.csv",
+    "curves.png",
+    "test.json",
+]  # after an epoch, in this order
 PATIENCE = 300  # seconds
 
 
@@ -41,7 +47,14 @@ class Training:
         )
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-u", str(ROOT / "trainer.py"), *flags, "--num-workers", str(workers)],
+                [
+                    sys.executable,
+                    "-u",
+                    str(ROOT / "trainer.py"),
+                    *flags,
+                    "--num-workers",
+                    str(workers),
+                ],
                 cwd=place,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -59,7 +72,9 @@ class Training:
 
     def wait_for(self, epochs: int) -> None:
         """Returns when so many epochs are done, 0: when the first begins; or when the process has ended."""
-        while self.lasts() and ("loss at chance" not in self.log.read_text() or len(self.epochs()) < epochs):
+        while self.lasts() and (
+            "loss at chance" not in self.log.read_text() or len(self.epochs()) < epochs
+        ):
             pass
 
     def wait_for_writing(self, file: str) -> None:
@@ -92,8 +107,16 @@ def tensors(value: Any, name: str = "") -> dict[str, Tensor]:
     """Every tensor of a weights file: the model's, the optimiser's, and whatever else there is."""
     if isinstance(value, Tensor):
         return {name: value}
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else []
-    return {key: tensor for at, part in inner for key, tensor in tensors(part, f"{name}/{at}").items()}
+    inner = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list | tuple)
+        else []
+    )
+    return {
+        key: tensor for at, part in inner for key, tensor in tensors(part, f"{name}/{at}").items()
+    }
 
 
 def assert_equal_runs(one: Path, other: Path) -> None:
@@ -103,7 +126,9 @@ def assert_equal_runs(one: Path, other: Path) -> None:
         assert ours.keys() == theirs.keys()
         assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
     ours, theirs = (history(run / "last.pt") for run in (one, other))
-    assert [row | dict.fromkeys(TIMES) for row in ours] == [row | dict.fromkeys(TIMES) for row in theirs]
+    assert [row | dict.fromkeys(TIMES) for row in ours] == [
+        row | dict.fromkeys(TIMES) for row in theirs
+    ]
 
 
 def assert_whole(run: Path, unbroken: Path) -> int:
@@ -115,7 +140,9 @@ def assert_whole(run: Path, unbroken: Path) -> int:
     assert done == 0 or (run / "best.pt").exists()
     table = rows(run)
     assert table == rows(unbroken)[: len(table)]
-    assert done - 1 <= len(table) <= done  # the row comes after the weights, and with the resume if it did not come
+    assert (
+        done - 1 <= len(table) <= done
+    )  # the row comes after the weights, and with the resume if it did not come
     return done
 
 
@@ -137,7 +164,9 @@ def unbroken(place: Path, shapes: Path) -> tuple[Path, float]:
     return training.run, seconds
 
 
-def test_a_run_that_is_killed_and_resumed_equals_an_unbroken_one_bit_for_bit(place, shapes, unbroken):
+def test_a_run_that_is_killed_and_resumed_equals_an_unbroken_one_bit_for_bit(
+    place, shapes, unbroken
+):
     unbroken, epoch_seconds = unbroken
     draw = np.random.default_rng(0)
     kills = while_writing = resumes = runs = done = 0
@@ -170,12 +199,17 @@ def test_a_run_that_is_killed_and_resumed_equals_an_unbroken_one_bit_for_bit(pla
         if (training.run / "last.pt").exists():
             before, done = done, assert_whole(training.run, unbroken)
             assert done >= before
-    print(f"\n{kills} kills, {while_writing} while a file was being written, {resumes} resumes, {runs} runs:", end=" ")
+    print(
+        f"\n{kills} kills, {while_writing} while a file was being written, {resumes} resumes, {runs} runs:",
+        end=" ",
+    )
     print("every tensor and every figure as in the unbroken run")
     assert while_writing >= KILLS // 5
 
 
-def test_a_run_killed_between_its_last_weights_and_their_row_gets_the_row_with_the_resume(trained, workplace, shapes):
+def test_a_run_killed_between_its_last_weights_and_their_row_gets_the_row_with_the_resume(
+    trained, workplace, shapes
+):
     run = shutil.copytree(trained, workplace / "runs" / "demo")
     lines = (run / "metrics.csv").read_text().splitlines(keepends=True)
     (run / "metrics.csv").write_text("".join(lines[:-1]))

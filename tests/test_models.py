@@ -56,11 +56,18 @@ from models import (
 
 @torch.no_grad()
 def embeddings(model: CLIP, tokenizer, config: Config) -> torch.Tensor:
-    return torch.cat([model.encode_image(pictures(config, seed=1)), model.encode_text(*tokenize(tokenizer, CAPTIONS))])
+    return torch.cat(
+        [
+            model.encode_image(pictures(config, seed=1)),
+            model.encode_text(*tokenize(tokenizer, CAPTIONS)),
+        ]
+    )
 
 
 def saved(path: Path, model: CLIP, tokenizer, config: Config) -> Path:
-    write_whole(path, lambda file: torch.save(pack_weights(model, tokenizer, config, "a red circle"), file))
+    write_whole(
+        path, lambda file: torch.save(pack_weights(model, tokenizer, config, "a red circle"), file)
+    )
     return path
 
 
@@ -78,7 +85,10 @@ def packed(tiny: tuple, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def weights(packed: Path) -> dict:
     """The content of a weights file, for a test to tamper with."""
     content = read_weights(packed)
-    content["image_encoder"] = {**content["image_encoder"], "arguments": {**content["image_encoder"]["arguments"]}}
+    content["image_encoder"] = {
+        **content["image_encoder"],
+        "arguments": {**content["image_encoder"]["arguments"]},
+    }
     return content
 
 
@@ -89,25 +99,45 @@ def backbones(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     torch.manual_seed(1)
     image = timm.create_model("test_resnet", num_classes=10)
     image.pretrained_cfg["mean"] = (0.1, 0.2, 0.3)
-    save_for_hf(image, folder / "image", safe_serialization=True, model_args={"num_classes": 10, "in_chans": 3})
+    save_for_hf(
+        image,
+        folder / "image",
+        safe_serialization=True,
+        model_args={"num_classes": 10, "in_chans": 3},
+    )
     words = word_pieces_of(CAPTIONS, 32)
-    fast = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", model_max_length=512)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", model_max_length=512
+    )
     size = words.get_vocab_size()
     models = {
-        "text": DistilBertModel(DistilBertConfig(vocab_size=size, dim=64, hidden_dim=64, n_layers=1, n_heads=2)),
-        "t5": T5Model(T5Config(vocab_size=size, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)),
-        "vit": ViTModel(ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)),
+        "text": DistilBertModel(
+            DistilBertConfig(vocab_size=size, dim=64, hidden_dim=64, n_layers=1, n_heads=2)
+        ),
+        "t5": T5Model(
+            T5Config(vocab_size=size, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+        ),
+        "vit": ViTModel(
+            ViTConfig(
+                hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+            )
+        ),
     }
     for name, model in models.items():
         model.save_pretrained(folder / name)
         fast.save_pretrained(folder / name)
-    shutil.copytree(folder / "vit", folder / "vit_alone", ignore=shutil.ignore_patterns("tokenizer*"))
+    shutil.copytree(
+        folder / "vit", folder / "vit_alone", ignore=shutil.ignore_patterns("tokenizer*")
+    )
     return {path.name: path for path in folder.iterdir()}
 
 
 def pretrained_config(backbones: dict[str, Path]) -> Config:
     return replace(
-        CONFIG, image_encoder=f"local-dir:{backbones['image']}", text_encoder=str(backbones["text"]), pretrained=True
+        CONFIG,
+        image_encoder=f"local-dir:{backbones['image']}",
+        text_encoder=str(backbones["text"]),
+        pretrained=True,
     )
 
 
@@ -123,7 +153,9 @@ def paper_loss(image: np.ndarray, text: np.ndarray, t: float) -> float:
 
     logits = np.dot(image, text.T) * np.exp(t)
     labels = np.arange(len(logits))
-    return (cross_entropy_loss(logits, labels, axis=0) + cross_entropy_loss(logits, labels, axis=1)) / 2
+    return (
+        cross_entropy_loss(logits, labels, axis=0) + cross_entropy_loss(logits, labels, axis=1)
+    ) / 2
 
 
 def unit_vectors(count: int, seed: int) -> torch.Tensor:
@@ -132,26 +164,43 @@ def unit_vectors(count: int, seed: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("batch", [2, 5, 33])
 @pytest.mark.parametrize("temperature", [0.01, 0.07, 1.0])
-def test_the_loss_is_that_of_the_papers_figure_3_and_of_transformers(batch: int, temperature: float) -> None:
-    image, text, scale = unit_vectors(batch, 0), unit_vectors(batch, 1), torch.tensor(1 / temperature)
+def test_the_loss_is_that_of_the_papers_figure_3_and_of_transformers(
+    batch: int, temperature: float
+) -> None:
+    image, text, scale = (
+        unit_vectors(batch, 0),
+        unit_vectors(batch, 1),
+        torch.tensor(1 / temperature),
+    )
     loss = contrastive_loss(image, text, scale)
-    assert loss.item() == pytest.approx(paper_loss(image.numpy(), text.numpy(), np.log(1 / temperature)), abs=1e-4)
-    assert loss.item() == pytest.approx(image_text_contrastive_loss(scale * text @ image.T).item(), abs=1e-4)
+    assert loss.item() == pytest.approx(
+        paper_loss(image.numpy(), text.numpy(), np.log(1 / temperature)), abs=1e-4
+    )
+    assert loss.item() == pytest.approx(
+        image_text_contrastive_loss(scale * text @ image.T).item(), abs=1e-4
+    )
 
 
 def test_the_loss_does_not_ask_which_side_is_the_picture() -> None:
     image, text, scale = unit_vectors(6, 0), unit_vectors(6, 1), torch.tensor(14.0)
-    assert contrastive_loss(image, text, scale).item() == pytest.approx(contrastive_loss(text, image, scale).item())
+    assert contrastive_loss(image, text, scale).item() == pytest.approx(
+        contrastive_loss(text, image, scale).item()
+    )
 
 
 @pytest.mark.parametrize("batch", [2, 64])
 def test_embeddings_that_are_all_the_same_lose_the_logarithm_of_the_batch(batch: int) -> None:
     same = unit_vectors(1, 0).expand(batch, -1)
-    assert contrastive_loss(same, same, torch.tensor(14.0)).item() == pytest.approx(np.log(batch), rel=1e-5)
+    assert contrastive_loss(same, same, torch.tensor(14.0)).item() == pytest.approx(
+        np.log(batch), rel=1e-5
+    )
 
 
 def test_the_loss_teaches_both_sides_and_the_temperature() -> None:
-    inputs = [tensor.requires_grad_() for tensor in (unit_vectors(6, 0), unit_vectors(6, 1), torch.tensor(14.0))]
+    inputs = [
+        tensor.requires_grad_()
+        for tensor in (unit_vectors(6, 0), unit_vectors(6, 1), torch.tensor(14.0))
+    ]
     for gradient in torch.autograd.grad(contrastive_loss(*inputs), inputs):
         assert gradient.abs().sum() > 0
 
@@ -198,7 +247,9 @@ def test_pixels_are_normalised_inside_the_model_as_timm_says(name: str) -> None:
     pixels = pictures(CONFIG)
     with torch.no_grad():
         encoder(pixels)
-    mean, std = (torch.tensor(encoder.model.pretrained_cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    mean, std = (
+        torch.tensor(encoder.model.pretrained_cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std")
+    )
     torch.testing.assert_close(seen[0], (pixels.float() / 255 - mean) / std)
 
 
@@ -208,8 +259,15 @@ def test_the_width_of_an_encoder_is_read_from_what_it_returns() -> None:
 
 
 def test_measuring_the_width_leaves_batch_norm_as_it_was() -> None:
-    fresh = {key: value for key, value in ImageEncoder("test_resnet", 64).state_dict().items() if "running" in key}
-    assert all(torch.equal(value, torch.full_like(value, float("var" in key))) for key, value in fresh.items())
+    fresh = {
+        key: value
+        for key, value in ImageEncoder("test_resnet", 64).state_dict().items()
+        if "running" in key
+    }
+    assert all(
+        torch.equal(value, torch.full_like(value, float("var" in key)))
+        for key, value in fresh.items()
+    )
 
 
 def chances_to_skip(encoder: ImageEncoder) -> list[float]:
@@ -219,9 +277,13 @@ def chances_to_skip(encoder: ImageEncoder) -> list[float]:
 
 def test_blocks_of_the_image_encoder_are_skipped_in_training_alone_the_last_most_often() -> None:
     encoder = build_image_encoder(replace(CONFIG, image_encoder="resnet50", drop_path=0.4))
-    assert chances_to_skip(encoder) == pytest.approx([0.4 * block / 15 for block in range(1, 16)])  # of 16 blocks
+    assert chances_to_skip(encoder) == pytest.approx(
+        [0.4 * block / 15 for block in range(1, 16)]
+    )  # of 16 blocks
     for norm in (module for module in encoder.modules() if isinstance(module, nn.BatchNorm2d)):
-        nn.init.ones_(norm.weight)  # timm starts some with nought, with which a block does nothing to skip
+        nn.init.ones_(
+            norm.weight
+        )  # timm starts some with nought, with which a block does nothing to skip
         norm.eval()
     with torch.no_grad():
         one, other = (encoder(pictures(CONFIG)) for _ in range(2))
@@ -230,7 +292,9 @@ def test_blocks_of_the_image_encoder_are_skipped_in_training_alone_the_last_most
         assert torch.equal(encoder(pictures(CONFIG)), encoder(pictures(CONFIG)))
 
 
-@pytest.mark.parametrize("name", ["resnet50", "tiny_vit_5m_224"])  # of which the second skips some by itself
+@pytest.mark.parametrize(
+    "name", ["resnet50", "tiny_vit_5m_224"]
+)  # of which the second skips some by itself
 def test_no_block_is_skipped_where_that_is_turned_off(name: str, tmp_path: Path) -> None:
     config = replace(CONFIG, image_encoder=name, image_size=224, drop_path=0.0)
     model, tokenizer = build(config)
@@ -240,13 +304,19 @@ def test_no_block_is_skipped_where_that_is_turned_off(name: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("drop_path", [0.0, 0.3])
-def test_the_setting_counts_and_not_what_a_folder_says_of_skipping(drop_path: float, tmp_path: Path) -> None:
+def test_the_setting_counts_and_not_what_a_folder_says_of_skipping(
+    drop_path: float, tmp_path: Path
+) -> None:
     save_for_hf(timm.create_model("test_resnet"), tmp_path, model_args={"drop_path_rate": 0.5})
-    encoder = build_image_encoder(replace(CONFIG, image_encoder=f"local-dir:{tmp_path}", drop_path=drop_path))
+    encoder = build_image_encoder(
+        replace(CONFIG, image_encoder=f"local-dir:{tmp_path}", drop_path=drop_path)
+    )
     assert max(chances_to_skip(encoder)) == pytest.approx(drop_path)
 
 
-def test_weights_of_a_run_that_skips_blocks_go_on_skipping_as_their_config_says(tmp_path: Path) -> None:
+def test_weights_of_a_run_that_skips_blocks_go_on_skipping_as_their_config_says(
+    tmp_path: Path,
+) -> None:
     config = replace(CONFIG, drop_path=0.3)
     model, tokenizer = build(config)
     weights = read_weights(saved(tmp_path / "w.pt", model, tokenizer, config))
@@ -254,7 +324,9 @@ def test_weights_of_a_run_that_skips_blocks_go_on_skipping_as_their_config_says(
     assert chances_to_skip(again.image.encoder) == chances_to_skip(model.image.encoder) != []
     assert torch.equal(embeddings(again, tokenizer, config), embeddings(model, tokenizer, config))
     weights["image_encoder"]["arguments"]["drop_path_rate"] = 5.0  # as a stranger may write there
-    assert chances_to_skip(load_tower(weights, "image").encoder) == chances_to_skip(model.image.encoder)
+    assert chances_to_skip(load_tower(weights, "image").encoder) == chances_to_skip(
+        model.image.encoder
+    )
 
 
 def test_weights_from_before_blocks_were_skipped_skip_none(packed: Path, tmp_path: Path) -> None:
@@ -274,24 +346,38 @@ def test_an_image_encoder_whose_blocks_cannot_be_skipped_is_one_line_with_the_wa
     assert build_image_encoder(replace(config, drop_path=0.0)).width == 1280
 
 
-def test_pretrained_folders_load_with_the_very_weights_that_they_hold(backbones: dict[str, Path]) -> None:
+def test_pretrained_folders_load_with_the_very_weights_that_they_hold(
+    backbones: dict[str, Path],
+) -> None:
     model, tokenizer = build(pretrained_config(backbones))
-    held = timm.create_model(f"local-dir:{backbones['image']}", pretrained=True, num_classes=0).state_dict()
+    held = timm.create_model(
+        f"local-dir:{backbones['image']}", pretrained=True, num_classes=0
+    ).state_dict()
     assert held.keys() == model.image.encoder.model.state_dict().keys()
-    assert all(torch.equal(value, held[name]) for name, value in model.image.encoder.model.state_dict().items())
+    assert all(
+        torch.equal(value, held[name])
+        for name, value in model.image.encoder.model.state_dict().items()
+    )
     held = AutoModel.from_pretrained(backbones["text"]).state_dict()
     assert held.keys() == model.text.encoder.model.state_dict().keys()
-    assert all(torch.equal(value, held[name]) for name, value in model.text.encoder.model.state_dict().items())
+    assert all(
+        torch.equal(value, held[name])
+        for name, value in model.text.encoder.model.state_dict().items()
+    )
     assert model.image.encoder.mean.flatten().tolist() == pytest.approx([25.5, 51.0, 76.5])
     held = Tokenizer.from_file(str(backbones["text"] / "tokenizer.json"))
-    assert [tokenizer.encode(caption).ids for caption in CAPTIONS] == [held.encode(text).ids for text in CAPTIONS]
+    assert [tokenizer.encode(caption).ids for caption in CAPTIONS] == [
+        held.encode(text).ids for text in CAPTIONS
+    ]
 
 
 def test_a_text_encoder_saved_in_half_precision_is_trained_in_float32(
     backbones: dict[str, Path], tmp_path: Path
 ) -> None:
     shutil.copytree(backbones["text"], tmp_path / "half")
-    AutoModel.from_pretrained(backbones["text"], dtype=torch.float16).save_pretrained(tmp_path / "half")
+    AutoModel.from_pretrained(backbones["text"], dtype=torch.float16).save_pretrained(
+        tmp_path / "half"
+    )
     encoder, _ = load_text_encoder(replace(CONFIG, text_encoder=str(tmp_path / "half")))
     assert {parameter.dtype for parameter in encoder.parameters()} == {torch.float32}
 
@@ -328,14 +414,22 @@ def test_a_model_that_cannot_be_had_is_one_line_with_every_way_out(
 def test_a_folder_whose_weights_did_not_arrive_whole_is_one_line(
     content: bytes | None, backbones: dict[str, Path], tmp_path: Path
 ) -> None:
-    for flag, folder, load in (("--image", "image", build_image_encoder), ("--text", "text", load_text_encoder)):
+    for flag, folder, load in (
+        ("--image", "image", build_image_encoder),
+        ("--text", "text", load_text_encoder),
+    ):
         shutil.copytree(backbones[folder], tmp_path / folder)
         file = tmp_path / folder / "model.safetensors"
         file.write_bytes(file.read_bytes()[:-100] if content is None else content)
-        named = {"image_encoder": f"local-dir:{tmp_path / folder}", "text_encoder": str(tmp_path / folder)}
+        named = {
+            "image_encoder": f"local-dir:{tmp_path / folder}",
+            "text_encoder": str(tmp_path / folder),
+        }
         with pytest.raises(UserError) as error:
             load(replace(CONFIG, **named, pretrained=True))
-        assert one_line(error).startswith(f"{flag}-encoder {named[f'{folder}_encoder']}: cannot be loaded")
+        assert one_line(error).startswith(
+            f"{flag}-encoder {named[f'{folder}_encoder']}: cannot be loaded"
+        )
 
 
 @pytest.mark.parametrize("folder", ["t5", "vit", "vit_alone"])
@@ -344,13 +438,17 @@ def test_a_folder_whose_weights_did_not_arrive_whole_is_one_line(
     [load_text_encoder, lambda config: text_encoder_from_scratch(config, CAPTIONS)],
     ids=["pretrained", "from scratch"],
 )
-def test_a_folder_that_holds_no_text_encoder_is_refused_by_name(folder: str, load, backbones: dict[str, Path]) -> None:
+def test_a_folder_that_holds_no_text_encoder_is_refused_by_name(
+    folder: str, load, backbones: dict[str, Path]
+) -> None:
     with pytest.raises(UserError) as error:
         load(replace(CONFIG, text_encoder=str(backbones[folder]), text_layers=0, text_width=0))
     assert one_line(error).startswith(f"--text-encoder {backbones[folder]}: ")
 
 
-@pytest.mark.parametrize("name", ["t5-small", "google/vit-base-patch16-224", "openai/clip-vit-base-patch32", "wombat"])
+@pytest.mark.parametrize(
+    "name", ["t5-small", "google/vit-base-patch16-224", "openai/clip-vit-base-patch32", "wombat"]
+)
 def test_a_name_that_is_no_text_encoder_is_refused_by_name(name: str) -> None:
     with pytest.raises(UserError) as error:
         text_encoder_from_scratch(replace(CONFIG, text_encoder=name), CAPTIONS)
@@ -361,16 +459,21 @@ def test_a_name_that_is_no_text_encoder_is_refused_by_name(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("image", "text"), [("test_resnet", "distilbert"), ("mobilenetv3_small_050", "bert"), ("test_vit", "distilbert")]
+    ("image", "text"),
+    [("test_resnet", "distilbert"), ("mobilenetv3_small_050", "bert"), ("test_vit", "distilbert")],
 )
-def test_saved_and_loaded_weights_give_the_same_embeddings(image: str, text: str, tmp_path: Path) -> None:
+def test_saved_and_loaded_weights_give_the_same_embeddings(
+    image: str, text: str, tmp_path: Path
+) -> None:
     config = replace(CONFIG, image_encoder=image, text_encoder=text, temperature=0.05)
     model, tokenizer = build(config)
     model.logit_scale.data.fill_(3.3)
     weights = read_weights(saved(tmp_path / "w.pt", model, tokenizer, config))
     again = load_clip(weights)
     assert not again.training
-    assert torch.equal(embeddings(again, weights["tokenizer"], config), embeddings(model, tokenizer, config))
+    assert torch.equal(
+        embeddings(again, weights["tokenizer"], config), embeddings(model, tokenizer, config)
+    )
     assert again.logit_scale.item() == pytest.approx(3.3)
     assert weights["config"].image_encoder == image
     assert weights["example_query"] == "a red circle"
@@ -379,16 +482,28 @@ def test_saved_and_loaded_weights_give_the_same_embeddings(image: str, text: str
 def test_a_weights_file_holds_tensors_and_plain_values_alone(packed: Path) -> None:
     def kinds(value: object) -> set[type]:
         inner = [*value.keys(), *value.values()] if isinstance(value, dict) else value
-        return {type(value)}.union(*map(kinds, inner)) if isinstance(value, dict | list | tuple) else {type(value)}
+        return (
+            {type(value)}.union(*map(kinds, inner))
+            if isinstance(value, dict | list | tuple)
+            else {type(value)}
+        )
 
     plain = {bool, int, float, str, list, tuple, dict, type(None), torch.Tensor}
-    assert kinds(dict(torch.load(packed, weights_only=True))) - {type(torch.nn.Linear(1, 1).state_dict())} <= plain
+    assert (
+        kinds(dict(torch.load(packed, weights_only=True)))
+        - {type(torch.nn.Linear(1, 1).state_dict())}
+        <= plain
+    )
 
 
 def test_a_weights_file_names_no_place_on_the_machine_that_trained_it(
     backbones: dict[str, Path], workplace: Path
 ) -> None:
-    config = replace(pretrained_config(backbones), data_dir=str(workplace / "data"), resume=str(workplace / "last.pt"))
+    config = replace(
+        pretrained_config(backbones),
+        data_dir=str(workplace / "data"),
+        resume=str(workplace / "last.pt"),
+    )
     file = saved(Path("w.pt"), *build(config), config)
     with zipfile.ZipFile(file) as archive:
         content = b"".join(archive.read(name) for name in archive.namelist())
@@ -415,7 +530,9 @@ def test_a_weights_file_alone_rebuilds_the_model_in_a_new_process_without_a_netw
     assert done.returncode == 0, done.stderr
     (index,) = (workplace / "w.index").glob("*.npy")
     size = search_size(model.image, config)
-    views = stack([Transform(size)(read_picture(path)) for path in sorted((workplace / "mine").iterdir())])
+    views = stack(
+        [Transform(size)(read_picture(path)) for path in sorted((workplace / "mine").iterdir())]
+    )
     with torch.no_grad():
         expected = model.encode_image(views)
         best = (model.encode_text(*tokenize(tokenizer, CAPTIONS[1:2])) @ expected.T).max().item()
@@ -440,7 +557,10 @@ def test_pictures_are_embedded_larger_than_training_crops_at_a_size_that_can_be_
     config = replace(CONFIG, image_encoder=encoder, image_size=image_size, augment=augment)
     model, _ = build(config)
     assert search_size(model.image, config) == size
-    assert model.encode_image(pictures(replace(config, image_size=size))).shape == (4, CONFIG.projection_dim)
+    assert model.encode_image(pictures(replace(config, image_size=size))).shape == (
+        4,
+        CONFIG.projection_dim,
+    )
 
 
 class Hostile:
@@ -457,18 +577,30 @@ class Hostile:
         pytest.param(lambda path: path.write_bytes(b""), id="empty"),
         pytest.param(lambda path: path.mkdir(), id="a folder"),
         pytest.param(lambda path: path.write_text("a red circle\n"), id="text"),
-        pytest.param(lambda path: torch.save(torch.nn.Linear(2, 2).state_dict(), path), id="another state dict"),
+        pytest.param(
+            lambda path: torch.save(torch.nn.Linear(2, 2).state_dict(), path),
+            id="another state dict",
+        ),
         pytest.param(lambda path: torch.save(torch.zeros(3), path), id="a tensor"),
-        pytest.param(lambda path: torch.save({"format": "clip weights 0"}, path), id="another format"),
-        pytest.param(lambda path: torch.save({"format": FORMAT}, path), id="nothing but the format"),
-        pytest.param(lambda path: torch.save({"format": FORMAT, "model": Hostile()}, path), id="hostile"),
+        pytest.param(
+            lambda path: torch.save({"format": "clip weights 0"}, path), id="another format"
+        ),
+        pytest.param(
+            lambda path: torch.save({"format": FORMAT}, path), id="nothing but the format"
+        ),
+        pytest.param(
+            lambda path: torch.save({"format": FORMAT, "model": Hostile()}, path), id="hostile"
+        ),
         pytest.param(lambda path: path.write_bytes(pickle.dumps(Hostile())), id="hostile pickle"),
         pytest.param(
-            lambda path: torch.save(Hostile(), path, _use_new_zipfile_serialization=False), id="hostile old format"
+            lambda path: torch.save(Hostile(), path, _use_new_zipfile_serialization=False),
+            id="hostile old format",
         ),
     ],
 )
-def test_what_is_not_a_weights_file_is_refused_in_one_line_and_never_run(write, workplace: Path) -> None:
+def test_what_is_not_a_weights_file_is_refused_in_one_line_and_never_run(
+    write, workplace: Path
+) -> None:
     write(workplace / "w.pt")
     with pytest.raises(UserError, match=re.escape(str(workplace / "w.pt"))) as error:
         read_weights(workplace / "w.pt")
@@ -478,7 +610,10 @@ def test_what_is_not_a_weights_file_is_refused_in_one_line_and_never_run(write, 
 
 def test_the_hostile_file_would_do_harm_if_it_were_unpickled_carelessly(workplace: Path) -> None:
     """Shown without unpickling: the file names a call and its argument, and that call does the harm."""
-    operations = [(operation.name, argument) for operation, argument, _ in pickletools.genops(pickle.dumps(Hostile()))]
+    operations = [
+        (operation.name, argument)
+        for operation, argument, _ in pickletools.genops(pickle.dumps(Hostile()))
+    ]
     call, arguments = Hostile().__reduce__()
     named = [argument for name, argument in operations if name == "SHORT_BINUNICODE"]
     assert named == [call.__module__, call.__name__, *arguments]
@@ -496,14 +631,18 @@ def test_a_cut_off_weights_file_is_refused(share: float, packed: Path, tmp_path:
 
 
 @pytest.mark.parametrize("name", ["hf-hub:timm/resnet50", "local-dir:planted", "no_such_model"])
-def test_a_weights_file_can_ask_for_no_image_encoder_from_elsewhere(name: str, weights: dict) -> None:
+def test_a_weights_file_can_ask_for_no_image_encoder_from_elsewhere(
+    name: str, weights: dict
+) -> None:
     weights["image_encoder"]["name"] = name
     with pytest.raises(UserError, match=re.escape(name)):
         load_clip(weights)
 
 
 @pytest.mark.parametrize("argument", ["checkpoint_path", "pretrained_cfg", "features_only"])
-def test_a_weights_file_can_hand_timm_no_argument_but_shapes(argument: str, weights: dict, packed: Path) -> None:
+def test_a_weights_file_can_hand_timm_no_argument_but_shapes(
+    argument: str, weights: dict, packed: Path
+) -> None:
     weights["image_encoder"]["arguments"][argument] = str(packed)
     with pytest.raises(UserError, match=argument):
         load_clip(weights)
@@ -518,16 +657,31 @@ def test_a_weights_file_can_ask_for_no_text_encoder_that_transformers_lacks(weig
 @pytest.mark.parametrize(
     "tamper",
     [
-        pytest.param(lambda weights: weights["image_encoder"]["arguments"].update(num_classes=10**7), id="classes"),
-        pytest.param(lambda weights: weights["image_encoder"].update(name="test_vit"), id="architecture"),
-        pytest.param(lambda weights: weights["text_encoder"].update(vocab_size=10**10), id="vocabulary"),
+        pytest.param(
+            lambda weights: weights["image_encoder"]["arguments"].update(num_classes=10**7),
+            id="classes",
+        ),
+        pytest.param(
+            lambda weights: weights["image_encoder"].update(name="test_vit"), id="architecture"
+        ),
+        pytest.param(
+            lambda weights: weights["text_encoder"].update(vocab_size=10**10), id="vocabulary"
+        ),
         pytest.param(lambda weights: weights["text_encoder"].update(n_layers=2), id="layers"),
-        pytest.param(lambda weights: weights.update(config=replace(CONFIG, projection_dim=65536)), id="projection"),
+        pytest.param(
+            lambda weights: weights.update(config=replace(CONFIG, projection_dim=65536)),
+            id="projection",
+        ),
         pytest.param(lambda weights: weights["model"].popitem(), id="a tensor too few"),
-        pytest.param(lambda weights: weights["model"].update({"text.more": torch.zeros(1)}), id="a tensor too many"),
+        pytest.param(
+            lambda weights: weights["model"].update({"text.more": torch.zeros(1)}),
+            id="a tensor too many",
+        ),
     ],
 )
-def test_declared_sizes_that_do_not_fit_the_tensors_are_refused_before_memory_is_taken(tamper, weights: dict) -> None:
+def test_declared_sizes_that_do_not_fit_the_tensors_are_refused_before_memory_is_taken(
+    tamper, weights: dict
+) -> None:
     tamper(weights)
     with pytest.raises(UserError, match="do not fit"):
         load_clip(weights)
@@ -536,7 +690,9 @@ def test_declared_sizes_that_do_not_fit_the_tensors_are_refused_before_memory_is
 @pytest.mark.parametrize(
     "error", [OSError(28, "No space left on device"), RuntimeError("cut off"), KeyboardInterrupt()]
 )
-def test_writing_that_fails_midway_leaves_what_was_there(error: BaseException, tmp_path: Path) -> None:
+def test_writing_that_fails_midway_leaves_what_was_there(
+    error: BaseException, tmp_path: Path
+) -> None:
     def write(file) -> None:
         file.write(b"half of the n")
         raise error
@@ -547,8 +703,12 @@ def test_writing_that_fails_midway_leaves_what_was_there(error: BaseException, t
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"w.pt": "former"}
 
 
-@pytest.mark.parametrize("save", [lambda file: file.write(b"new"), lambda file: torch.save(torch.ones(9), file)])
-def test_a_reader_that_dies_while_weights_are_written_is_not_blamed_on_the_file(save: Callable, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "save", [lambda file: file.write(b"new"), lambda file: torch.save(torch.ones(9), file)]
+)
+def test_a_reader_that_dies_while_weights_are_written_is_not_blamed_on_the_file(
+    save: Callable, tmp_path: Path
+) -> None:
     class Interrupted(io.BytesIO):
         def write(self, content: bytes) -> int:
             raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
@@ -573,11 +733,17 @@ def test_the_same_captions_give_the_same_word_pieces() -> None:
 def test_a_text_encoder_is_as_wide_as_its_states(tiny: tuple) -> None:
     model, tokenizer = tiny
     encoder: TextEncoder = model.text.encoder
-    assert encoder(*tokenize(tokenizer, CAPTIONS)).shape == (4, encoder.width) == (4, CONFIG.text_width)
+    assert (
+        encoder(*tokenize(tokenizer, CAPTIONS)).shape
+        == (4, encoder.width)
+        == (4, CONFIG.text_width)
+    )
 
 
 @pytest.mark.parametrize("width", [1, 48, 200, 400])
 @pytest.mark.parametrize("kind", ["distilbert", "bert"])
 def test_a_text_encoder_may_be_of_any_width(kind: str, width: int) -> None:
-    encoder, tokenizer = text_encoder_from_scratch(replace(CONFIG, text_encoder=kind, text_width=width), CAPTIONS)
+    encoder, tokenizer = text_encoder_from_scratch(
+        replace(CONFIG, text_encoder=kind, text_width=width), CAPTIONS
+    )
     assert encoder(*tokenize(tokenizer, CAPTIONS)).shape == (4, width)

@@ -17,7 +17,19 @@ import pandas as pd
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import CONFIG, FILES, STEPS, TINY, at_step, build, curve, farthest, names_in, pictures, script
+from conftest import (
+    CONFIG,
+    FILES,
+    STEPS,
+    TINY,
+    at_step,
+    build,
+    curve,
+    farthest,
+    names_in,
+    pictures,
+    script,
+)
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -40,7 +52,9 @@ def five_steps(*flags: str) -> dict[str, list | dict]:
             module.p = 0.0
         elif isinstance(module, _BatchNorm):
             module.eval()
-            nn.init.ones_(module.weight)  # timm starts some with nought, before which nothing has a gradient
+            nn.init.ones_(
+                module.weight
+            )  # timm starts some with nought, before which nothing has a gradient
     parameters, gradients = dict(run.model.named_parameters()), []
     run.optimizer.register_step_pre_hook(
         lambda *_: gradients.append({n: p.grad.clone() for n, p in parameters.items()})
@@ -62,7 +76,9 @@ def five_steps_of_each(cases: str, *flags: str) -> None:
     for case in cases.split():
         if case == "local":  # without what the other processes have, the last of the cases
             Process.gather = lambda _, rows: rows
-            trainer.contrastive_loss = lambda images, texts, scale, _: contrastive_loss(images, texts, scale)
+            trainer.contrastive_loss = lambda images, texts, scale, _: contrastive_loss(
+                images, texts, scale
+            )
         torch.save(five_steps(*flags, *CASES[case]), f"{case}-{process.rank}.pt")
     process.leave()
 
@@ -104,11 +120,16 @@ def alone(small: list[str]) -> dict[str, list | dict]:
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory: pytest.TempPathFactory, small: list[str]) -> dict[tuple[int, str], list[dict]]:
+def together(
+    tmp_path_factory: pytest.TempPathFactory, small: list[str]
+) -> dict[tuple[int, str], list[dict]]:
     """What each of two and of four processes saw, in each case."""
     seen = {}
     for count in (2, 4):
-        cases, folder = list(CASES) if count == 2 else ["gathered"], tmp_path_factory.mktemp(f"{count} processes")
+        cases, folder = (
+            list(CASES) if count == 2 else ["gathered"],
+            tmp_path_factory.mktemp(f"{count} processes"),
+        )
         torchrun(count, __file__, "five_steps_of_each", " ".join(cases), *small, cwd=folder)
         for case in cases:
             seen[count, case] = [torch.load(folder / f"{case}-{rank}.pt") for rank in range(count)]
@@ -129,10 +150,14 @@ def test_each_of_five_steps_has_the_loss_and_the_gradients_of_one_process(
 
 
 @pytest.mark.parametrize(("count", "case"), SAME)
-def test_after_five_steps_every_process_has_the_weights_of_one(alone: dict, together: dict, count: int, case: str):
+def test_after_five_steps_every_process_has_the_weights_of_one(
+    alone: dict, together: dict, count: int, case: str
+):
     for process in together[count, case]:
         for name, value in alone["after"].items():
-            if not name.endswith("k_lin.bias"):  # which has no gradient but rounding, of which AdamW makes a step
+            if not name.endswith(
+                "k_lin.bias"
+            ):  # which has no gradient but rounding, of which AdamW makes a step
                 moved = (value - alone["before"][name]).norm()
                 assert moved > 1e-3, name
                 assert (process["after"][name] - value).norm() < moved / 100, name
@@ -142,12 +167,22 @@ def test_after_five_steps_every_process_has_the_weights_of_one(alone: dict, toge
 def test_all_processes_have_the_very_same_weights(together: dict, count: int, case: str):
     first, *others = together[count, case]
     for other in others:
-        assert all(torch.equal(other["after"][name], value) for name, value in first["after"].items())
+        assert all(
+            torch.equal(other["after"][name], value) for name, value in first["after"].items()
+        )
 
 
-def test_with_the_negatives_of_its_own_process_alone_it_would_be_another_training(alone: dict, together: dict):
+def test_with_the_negatives_of_its_own_process_alone_it_would_be_another_training(
+    alone: dict, together: dict
+):
     for process in together[2, "local"]:
-        assert max(ours / theirs for ours, theirs in zip(process["losses"], alone["losses"], strict=True)) < 0.8
+        assert (
+            max(
+                ours / theirs
+                for ours, theirs in zip(process["losses"], alone["losses"], strict=True)
+            )
+            < 0.8
+        )
         for ours, theirs in zip(process["gradients"], alone["gradients"], strict=True):
             assert farthest(ours, theirs) > 0.1
 
@@ -162,7 +197,9 @@ def one_of(rank: int, count: int, device: str = "cpu") -> Process:
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 12])
 def test_each_picture_of_a_batch_is_taken_by_one_process_alone(count: int):
     whole = EpochBatches(50, 12, seed=3, rows=slice(None))
-    shares = [EpochBatches(50, 12, seed=3, rows=one_of(rank, count).rows(12)) for rank in range(count)]
+    shares = [
+        EpochBatches(50, 12, seed=3, rows=one_of(rank, count).rows(12)) for rank in range(count)
+    ]
     for epoch in range(3):
         for batches in (whole, *shares):
             batches.epoch = epoch
@@ -175,14 +212,20 @@ def test_each_picture_of_a_batch_is_taken_by_one_process_alone(count: int):
 
 
 @pytest.mark.parametrize(("batch_size", "count"), [(9, 2), (8, 3), (2, 4)])
-def test_a_batch_that_cannot_be_shared_evenly_names_the_flag_and_the_number_of_processes(batch_size: int, count: int):
+def test_a_batch_that_cannot_be_shared_evenly_names_the_flag_and_the_number_of_processes(
+    batch_size: int, count: int
+):
     for rank in range(count):
-        with pytest.raises(UserError, match=rf"--batch-size {batch_size}: .*\b{count} processes") as error:
+        with pytest.raises(
+            UserError, match=rf"--batch-size {batch_size}: .*\b{count} processes"
+        ) as error:
             one_of(rank, count).rows(batch_size)
         assert "\n" not in str(error.value)
 
 
-def test_synchronised_batch_norm_keeps_the_names_and_values_of_the_weights(monkeypatch: pytest.MonkeyPatch):
+def test_synchronised_batch_norm_keeps_the_names_and_values_of_the_weights(
+    monkeypatch: pytest.MonkeyPatch,
+):
     monkeypatch.setattr(config, "DistributedDataParallel", lambda model, **_: model)
     model, _ = build(CONFIG)
     held = {name: value.clone() for name, value in model.state_dict().items()}
@@ -225,28 +268,51 @@ def test_two_processes_leave_one_run_with_the_files_and_columns_of_any_other(of_
 def test_two_processes_say_each_line_once(of_two):
     lines = of_two.stdout.splitlines()
     assert {line: times for line, times in Counter(lines).items() if times > 1} == {}
-    for words in ("config: ", "device: cpu, float32, 2 processes", "epoch 1 of 2", "epoch 2 of 2", "test, with the"):
+    for words in (
+        "config: ",
+        "device: cpu, float32, 2 processes",
+        "epoch 1 of 2",
+        "epoch 2 of 2",
+        "test, with the",
+    ):
         assert len([line for line in lines if line.startswith(words)]) == 1, words
     assert of_two.stderr == ""
 
 
-def test_the_weights_of_two_processes_are_asked_like_any_others(of_two, workplace: Path, capsys: pytest.CaptureFixture):
+def test_the_weights_of_two_processes_are_asked_like_any_others(
+    of_two, workplace: Path, capsys: pytest.CaptureFixture
+):
     weights = of_two.folder / "runs/demo/best.pt"
     search(["--weights", str(weights), "--n", "3", "--num-workers", "0", "--device", "cpu"])
     assert capsys.readouterr().out.count(".png") > 3
 
 
-def test_a_batch_that_two_processes_cannot_share_is_one_line_before_anything_is_read(workplace: Path, shapes: Path):
-    done = script("trainer.py", *TINY, "--batch-size", "9", "--data-dir", str(shapes), cwd=workplace, processes=2)
+def test_a_batch_that_two_processes_cannot_share_is_one_line_before_anything_is_read(
+    workplace: Path, shapes: Path
+):
+    done = script(
+        "trainer.py",
+        *TINY,
+        "--batch-size",
+        "9",
+        "--data-dir",
+        str(shapes),
+        cwd=workplace,
+        processes=2,
+    )
     assert done.returncode != 0
-    said = {line for line in done.stderr.splitlines() if line.startswith("error: ")}  # each process says so
+    said = {
+        line for line in done.stderr.splitlines() if line.startswith("error: ")
+    }  # each process says so
     assert len(said) == 1, done.stderr
     assert re.search(r"--batch-size 9: .*\b2 processes", said.pop())
     assert done.stdout == ""
     assert names_in(workplace) == []
 
 
-def test_a_run_begun_by_one_process_is_finished_by_two(workplace: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_begun_by_one_process_is_finished_by_two(
+    workplace: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
+):
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(trainer, "contrastive_loss", at_step(STEPS + 1, KeyboardInterrupt()))
         trainer.main([*TINY, "--data-dir", str(shapes)])
@@ -297,7 +363,9 @@ def test_a_plain_training_makes_no_group_and_trains_the_model_itself(
     seen, honest = [], trainer.train_step
 
     def step(run: trainer.Run, *batch: object) -> Tensor:
-        seen.append((dist.is_initialized(), run.replica is run.model, run.process.rank, run.process.count))
+        seen.append(
+            (dist.is_initialized(), run.replica is run.model, run.process.rank, run.process.count)
+        )
         return honest(run, *batch)
 
     monkeypatch.setattr(trainer, "train_step", step)

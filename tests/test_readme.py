@@ -24,8 +24,25 @@ COMMANDS = [
     for block in re.findall(r"^```bash\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     for line in block.splitlines()
 ]
-SMALL = ["--epochs", "1", "--batch-size", "8", "--image-size", "32", "--num-workers", "0", "--device", "cpu"]
-SMALL_ENCODERS = ["--image-encoder", "test_resnet", "--text-encoder", "distilbert", "--no-pretrained"]
+SMALL = [
+    "--epochs",
+    "1",
+    "--batch-size",
+    "8",
+    "--image-size",
+    "32",
+    "--num-workers",
+    "0",
+    "--device",
+    "cpu",
+]
+SMALL_ENCODERS = [
+    "--image-encoder",
+    "test_resnet",
+    "--text-encoder",
+    "distilbert",
+    "--no-pretrained",
+]
 SMALL_ENCODERS += ["--text-layers", "1", "--text-width", "64"]
 
 
@@ -49,12 +66,18 @@ def save_folders(for_timm: Path, for_transformers: Path) -> None:
     pieces = word_pieces_of(["a red circle at the top left"], max_length=32)
     named = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep")}
     PreTrainedTokenizerFast(tokenizer_object=pieces, **named).save_pretrained(for_transformers)
-    config = DistilBertConfig(vocab_size=pieces.get_vocab_size(), dim=32, n_layers=1, n_heads=2, hidden_dim=64)
+    config = DistilBertConfig(
+        vocab_size=pieces.get_vocab_size(), dim=32, n_layers=1, n_heads=2, hidden_dim=64
+    )
     DistilBertModel(config).save_pretrained(for_transformers)
 
 
-@pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("python trainer.py")])
-def test_each_training_command_trains(command: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "command", [line for line in COMMANDS if line.startswith("python trainer.py")]
+)
+def test_each_training_command_trains(
+    command: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(place)
     arguments = shlex.split(command)[2:]
     name = arguments[arguments.index("--name") + 1] if "--name" in arguments else "clip"
@@ -81,24 +104,43 @@ def test_each_command_for_several_processes_trains(command: str, place: Path) ->
     assert (place / "runs" / name / "test.json").exists()
 
 
-@pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("python inference.py")])
+@pytest.mark.parametrize(
+    "command", [line for line in COMMANDS if line.startswith("python inference.py")]
+)
 def test_each_search_command_answers(
     command: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.chdir(place)
     command, _, redirected = command.partition(" < ")
-    monkeypatch.setattr("sys.stdin", io.StringIO(Path(redirected).read_text() if redirected else ""))
+    monkeypatch.setattr(
+        "sys.stdin", io.StringIO(Path(redirected).read_text() if redirected else "")
+    )
     arguments = shlex.split(command)[2:]
-    output = Path(arguments[arguments.index("--output") + 1] if "--output" in arguments else "matches.png")
+    output = Path(
+        arguments[arguments.index("--output") + 1] if "--output" in arguments else "matches.png"
+    )
     output.unlink(missing_ok=True)
     inference.main([*arguments, "--num-workers", "0", "--device", "cpu"])
-    assert "R@1" in capsys.readouterr().out if "--evaluate" in arguments else output.stat().st_size > 0
+    assert (
+        "R@1" in capsys.readouterr().out if "--evaluate" in arguments else output.stat().st_size > 0
+    )
 
 
 def test_the_other_commands_install_what_is_here() -> None:
-    others = [line for line in COMMANDS if not re.match(r"(python|torchrun .*) (trainer|inference)\.py", line)]
-    assert others[:2] == ["pip install -r requirements.txt", "pip install -r tests/requirements.txt"]
-    ours = ("python -m pytest tests", "tests/requirements", *(f"tests/{program}.py" for program in PROGRAMS))
+    others = [
+        line
+        for line in COMMANDS
+        if not re.match(r"(python|torchrun .*) (trainer|inference)\.py", line)
+    ]
+    assert others[:2] == [
+        "pip install -r requirements.txt",
+        "pip install -r tests/requirements.txt",
+    ]
+    ours = (
+        "python -m pytest tests",
+        "tests/requirements",
+        *(f"tests/{program}.py" for program in PROGRAMS),
+    )
     for command in others[2:]:
         assert any(known in command for known in ours)
     for path in re.findall(r"[\w/-]+\.txt", " ".join(others)):
@@ -119,9 +161,19 @@ def test_the_ablation_has_a_row_for_each_change(place: Path) -> None:
     (command,) = [line for line in COMMANDS if line.startswith("python tests/ablation.py")]
     arguments, settings = (shlex.split(part) for part in command.split(" --settings "))
     changes = ["recipe", "mean of weights", "two captions a picture"]
-    program = (str(ROOT / arguments[1]), *arguments[2:], "--only", *changes, "--settings", *settings, *SMALL)
+    program = (
+        str(ROOT / arguments[1]),
+        *arguments[2:],
+        "--only",
+        *changes,
+        "--settings",
+        *settings,
+        *SMALL,
+    )
     done = script(*program, cwd=place)
-    assert [line.split(" | ")[0] for line in done.stdout.splitlines()[2:]] == [f"| {change}" for change in changes]
+    assert [line.split(" | ")[0] for line in done.stdout.splitlines()[2:]] == [
+        f"| {change}" for change in changes
+    ]
 
 
 def test_the_comparison_has_a_row_for_weights_of_ours(place: Path) -> None:
@@ -154,7 +206,11 @@ def test_the_example_of_own_data_is_read(tmp_path: Path, capsys: pytest.CaptureF
         (tmp_path / "Images" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "Images" / name)
     splits = read_splits(tmp_path)
-    captions = {path.name: texts for split in splits.values() for path, texts in zip(split.paths, split.captions)}
+    captions = {
+        path.name: texts
+        for split in splits.values()
+        for path, texts in zip(split.paths, split.captions)
+    }
     assert captions["cat.jpg"] == ["a grey cat asleep on a sofa", "a cat, curled up, on cushions"]
     assert len(captions["beach 1.png"]) == 2
 
@@ -168,4 +224,7 @@ def test_every_name_in_the_reading_table_is_in_its_file() -> None:
     for row in re.findall(r"^\| .* \| `.*` in `\w+\.py` \|$", README, re.MULTILINE):
         *names, file = re.findall(r"`([^`]+)`", row.split("|")[2])
         for name in names:
-            assert re.search(rf"(class|def) {name.split('.')[-1]}\b", (ROOT / file).read_text()), (name, file)
+            assert re.search(rf"(class|def) {name.split('.')[-1]}\b", (ROOT / file).read_text()), (
+                name,
+                file,
+            )

@@ -52,7 +52,9 @@ def epochs_in(weights: Path) -> int:
 def assert_goes_on_as_if_nothing_had_been(run: Path, trained: Path) -> None:
     assert list(run.glob("*.tmp")) == []
     train(["--resume", str(run / "last.pt"), "--num-workers", "0"])
-    ours, theirs = (torch.load(folder / "last.pt", weights_only=True)["model"] for folder in (run, trained))
+    ours, theirs = (
+        torch.load(folder / "last.pt", weights_only=True)["model"] for folder in (run, trained)
+    )
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
@@ -80,7 +82,11 @@ def pictures(shapes: Path, workplace: Path) -> Path:
 @pytest.fixture
 def ordinary_user() -> Iterator[None]:
     """Lays down root's right to read and write every file for the length of a test."""
-    libc, header, rights = ctypes.CDLL(None), (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    libc, header, rights = (
+        ctypes.CDLL(None),
+        (ctypes.c_uint32 * 2)(0x20080522, 0),
+        (ctypes.c_uint32 * 6)(),
+    )
     libc.capget(header, rights)
     former = rights[0]
     rights[0] &= ~0b110  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
@@ -104,9 +110,17 @@ def size_limit() -> Iterator[Callable[[int], None]]:
 @linux
 @pytest.mark.parametrize("file", ["best.pt", "last.pt"])
 def test_a_disk_that_is_full_while_weights_are_saved_leaves_the_earlier_ones_whole(
-    file: str, size_limit: Callable, trained: Path, workplace: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
+    file: str,
+    size_limit: Callable,
+    trained: Path,
+    workplace: Path,
+    shapes: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    sizes = {"best.pt": 100_000, "last.pt": 6_000_000}  # best.pt has 4 MB, and last.pt 12 MB after the first step
+    sizes = {
+        "best.pt": 100_000,
+        "last.pt": 6_000_000,
+    }  # best.pt has 4 MB, and last.pt 12 MB after the first step
     honest = trainer.validate
     monkeypatch.setattr(trainer, "validate", lambda *a: (size_limit(sizes[file]), honest(*a))[1])
     message = last_words(train, *TINY, "--data-dir", shapes)
@@ -118,7 +132,9 @@ def test_a_disk_that_is_full_while_weights_are_saved_leaves_the_earlier_ones_who
 
 
 @linux
-def test_a_file_system_that_is_really_full_ends_the_run_with_one_line(workplace: Path, shapes: Path) -> None:
+def test_a_file_system_that_is_really_full_ends_the_run_with_one_line(
+    workplace: Path, shapes: Path
+) -> None:
     (workplace / "runs").mkdir()
     small_disk = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
     mount = "mount -t tmpfs -o size=20m tmpfs runs"
@@ -132,7 +148,8 @@ def test_a_file_system_that_is_really_full_ends_the_run_with_one_line(workplace:
         text=True,
     )
     assert re.fullmatch(
-        r"error: runs/demo/\S+: could not be written, what was there stands: .*No space left on device.*\n", done.stderr
+        r"error: runs/demo/\S+: could not be written, what was there stands: .*No space left on device.*\n",
+        done.stderr,
     )
     assert "status 1" in done.stdout
     assert ".tmp" not in done.stdout
@@ -142,7 +159,9 @@ def test_a_file_system_that_is_really_full_ends_the_run_with_one_line(workplace:
 
 
 @pytest.mark.parametrize("name", ["runs", "runs/demo"])
-def test_a_file_in_the_place_of_the_run_folder_is_one_line(name: str, workplace: Path, shapes: Path) -> None:
+def test_a_file_in_the_place_of_the_run_folder_is_one_line(
+    name: str, workplace: Path, shapes: Path
+) -> None:
     (workplace / name).parent.mkdir(exist_ok=True)
     (workplace / name).write_text("in the way")
     assert "runs" in last_words(train, *TINY, "--data-dir", shapes)
@@ -160,7 +179,12 @@ def leaves(*_: object) -> None:
 @pytest.mark.parametrize("death", [dies, leaves])
 @pytest.mark.parametrize("reading", ["training", "validation"])
 def test_a_loader_worker_that_dies_ends_training_with_one_line_and_nothing_lost(
-    death: Callable, reading: str, trained: Path, workplace: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
+    death: Callable,
+    reading: str,
+    trained: Path,
+    workplace: Path,
+    shapes: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pictures = data.TrainingPictures if reading == "training" else inference._Readable
     honest = pictures.__getitem__
@@ -179,7 +203,9 @@ def test_a_loader_worker_that_dies_ends_training_with_one_line_and_nothing_lost(
     assert_goes_on_as_if_nothing_had_been(workplace / "runs/demo", trained)
 
 
-@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset by peer"), ConnectionRefusedError(111, "refused")])
+@pytest.mark.parametrize(
+    "error", [ConnectionResetError(104, "reset by peer"), ConnectionRefusedError(111, "refused")]
+)
 def test_a_batch_whose_worker_died_before_it_was_fetched_is_one_line(
     error: ConnectionError, workplace: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,7 +220,9 @@ def test_a_loader_worker_that_dies_ends_a_search_with_one_line(
     weights: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inference._Readable, "__getitem__", dies)
-    message = last_words(search, "--weights", weights, "--images", pictures, "--num-workers", "1", "--device", "cpu")
+    message = last_words(
+        search, "--weights", weights, "--images", pictures, "--num-workers", "1", "--device", "cpu"
+    )
     assert "died" in message
     assert "--num-workers 0" in message
 
@@ -210,7 +238,9 @@ def test_an_interrupt_from_the_keyboard_ends_with_one_line_that_says_how_to_go_o
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which jobs in a shell's background ignore
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # which jobs in a shell's background ignore
     ) as process:
         while not (line := process.stdout.readline()).startswith("epoch 1 of"):
             assert line, process.stderr.read()
@@ -229,7 +259,9 @@ def resident_megabytes() -> float:
 def test_memory_is_flat_over_fifty_epochs(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     draw_shapes(workplace / "few", train=8, dev=2, test=2)
     used, honest = [], trainer.save_last
-    monkeypatch.setattr(trainer, "save_last", lambda run: (honest(run), used.append(resident_megabytes())))
+    monkeypatch.setattr(
+        trainer, "save_last", lambda run: (honest(run), used.append(resident_megabytes()))
+    )
     train([*TINY, "--epochs", "50", "--data-dir", "few"])
     assert len(used) == 51
     assert used[50] - used[10] < 40  # a figure kept from each epoch alone would be 80
@@ -267,12 +299,16 @@ def runs_out(*_: object) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 9 GiB")
 
 
-def test_out_of_memory_in_training_is_one_line(workplace: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_in_training_is_one_line(
+    workplace: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(trainer, "contrastive_loss", runs_out)
     assert "--chunk-size 32" in last_words(train, *TINY, "--data-dir", shapes)
 
 
-def test_out_of_memory_in_a_search_is_one_line(weights: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_in_a_search_is_one_line(
+    weights: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(inference.Tower, "forward", runs_out)
     assert "--device cpu" in last_words(search, "--weights", weights, "--images", pictures, *SEARCH)
 
@@ -299,15 +335,28 @@ def test_a_bug_in_a_search_still_shows_its_traceback(
         search(["--weights", str(weights), "--images", str(pictures), *SEARCH])
 
 
-def test_what_a_user_can_put_right_is_one_line_on_standard_error_and_status_1(workplace: Path) -> None:
+def test_what_a_user_can_put_right_is_one_line_on_standard_error_and_status_1(
+    workplace: Path,
+) -> None:
     done = script("inference.py", "--weights", "absent.pt", cwd=workplace)
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", "error: absent.pt: no such weights file\n")
+    assert (done.returncode, done.stdout, done.stderr) == (
+        1,
+        "",
+        "error: absent.pt: no such weights file\n",
+    )
 
 
 # ---------------------------------------------------------------- data that is odd or broken
 
 
-ODD_NAMES = ["with space.png", 'it\'s "quoted", 100%.png', "собака 犬 كلب.png", "$x^2$ \\alpha.png", "-n.png", "#1.png"]
+ODD_NAMES = [
+    "with space.png",
+    'it\'s "quoted", 100%.png',
+    "собака 犬 كلب.png",
+    "$x^2$ \\alpha.png",
+    "-n.png",
+    "#1.png",
+]
 
 
 def test_odd_names_captions_and_pictures_are_trained_on_and_found_again(own: Path) -> None:
@@ -332,9 +381,23 @@ def test_odd_names_captions_and_pictures_are_trained_on_and_found_again(own: Pat
     read = dict(zip([path.name for path in splits["train"].paths], splits["train"].captions))
     assert read[names[6]] == [captions[2].strip(), *captions[3:]]
     train([*TINY, "--epochs", "1", "--augment", "--data-dir", "own"])
-    search(["--weights", "runs/demo/best.pt", "--images", "own/Images", "--n", "72", "--output", "m.csv", *SEARCH])
+    search(
+        [
+            "--weights",
+            "runs/demo/best.pt",
+            "--images",
+            "own/Images",
+            "--n",
+            "72",
+            "--output",
+            "m.csv",
+            *SEARCH,
+        ]
+    )
     found = pd.read_csv("m.csv")
-    assert sorted(Path(path).name for path in found["path"]) == sorted(path.name for path in (own / "Images").iterdir())
+    assert sorted(Path(path).name for path in found["path"]) == sorted(
+        path.name for path in (own / "Images").iterdir()
+    )
     assert np.isfinite(found["score"]).all()
     search(["--weights", "runs/demo/best.pt", "--n", "12", *SEARCH])
     Image.open("matches.png").verify()
@@ -351,7 +414,9 @@ def test_a_file_that_cannot_be_opened_stops_training_before_the_first_step_by_it
     else:
         picture.unlink()
         picture.symlink_to(picture.name if spoil == "a link to itself" else "nowhere.png")
-    assert last_words(train, *TINY, "--data-dir", "own").startswith(f"error: own/Images/{picture.name}: ")
+    assert last_words(train, *TINY, "--data-dir", "own").startswith(
+        f"error: own/Images/{picture.name}: "
+    )
     assert not Path("runs").exists()
 
 
@@ -387,7 +452,9 @@ def test_a_name_that_is_no_text_is_found_and_shown_all_the_same(
 
 
 @linux
-def test_a_pipe_that_is_named_like_a_picture_does_not_hold_a_search_up(weights: Path, pictures: Path) -> None:
+def test_a_pipe_that_is_named_like_a_picture_does_not_hold_a_search_up(
+    weights: Path, pictures: Path
+) -> None:
     os.mkfifo(pictures / "pipe.jpg")
 
     def too_long(*_: object) -> None:
@@ -404,12 +471,28 @@ def test_a_pipe_that_is_named_like_a_picture_does_not_hold_a_search_up(weights: 
 # ---------------------------------------------------------------- searching at the edges
 
 
-@pytest.mark.parametrize("query", ["word " * 10_000, "w" * 100_000, "😀🐶", "\u200b", "собака", "$x^2", "--", "a\nb"])
+@pytest.mark.parametrize(
+    "query", ["word " * 10_000, "w" * 100_000, "😀🐶", "\u200b", "собака", "$x^2", "--", "a\nb"]
+)
 def test_any_query_is_answered_from_however_few_pictures(
     query: str, weights: Path, pictures: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    search(["--weights", str(weights), "--images", str(pictures), "--n", "1000000", f"--query={query}", *SEARCH])
-    assert len(re.findall(r"^ *\d+ +-?\d\.\d{3}  pictures/", capsys.readouterr().out, re.MULTILINE)) == 4
+    search(
+        [
+            "--weights",
+            str(weights),
+            "--images",
+            str(pictures),
+            "--n",
+            "1000000",
+            f"--query={query}",
+            *SEARCH,
+        ]
+    )
+    assert (
+        len(re.findall(r"^ *\d+ +-?\d\.\d{3}  pictures/", capsys.readouterr().out, re.MULTILINE))
+        == 4
+    )
     Image.open("matches.png").verify()
 
 
@@ -420,7 +503,9 @@ def test_queries_from_a_pipe_that_holds_none_or_is_not_utf8_are_one_line(
     (tmp_path / "queries.txt").write_bytes(typed)
     with (tmp_path / "queries.txt").open(encoding="utf-8") as stdin:
         monkeypatch.setattr("sys.stdin", stdin)
-        message = last_words(search, "--weights", weights, "--images", pictures, "--query", "-", *SEARCH)
+        message = last_words(
+            search, "--weights", weights, "--images", pictures, "--query", "-", *SEARCH
+        )
     assert "--query" in message
 
 
@@ -434,9 +519,18 @@ def test_a_query_that_is_not_utf8_is_one_line(weights: Path, pictures: Path) -> 
 def test_two_processes_that_build_the_same_index_at_once_are_both_right(
     weights: Path, shapes: Path, workplace: Path
 ) -> None:
-    command = [sys.executable, str(ROOT / "inference.py"), "--weights", str(weights), "--images", str(shapes), *SEARCH]
+    command = [
+        sys.executable,
+        str(ROOT / "inference.py"),
+        "--weights",
+        str(weights),
+        "--images",
+        str(shapes),
+        *SEARCH,
+    ]
     processes = [
-        subprocess.Popen([*command, "--n", "72", "--output", f"{i}.csv"], stdout=subprocess.DEVNULL) for i in range(2)
+        subprocess.Popen([*command, "--n", "72", "--output", f"{i}.csv"], stdout=subprocess.DEVNULL)
+        for i in range(2)
     ]
     assert [process.wait(120) for process in processes] == [0, 0]
     assert Path("0.csv").read_text() == Path("1.csv").read_text()
@@ -447,7 +541,9 @@ def test_two_processes_that_build_the_same_index_at_once_are_both_right(
 
 
 @linux
-def test_weights_on_a_read_only_disk_are_searched_and_the_index_is_not_kept(weights: Path, pictures: Path) -> None:
+def test_weights_on_a_read_only_disk_are_searched_and_the_index_is_not_kept(
+    weights: Path, pictures: Path
+) -> None:
     Path("disk").mkdir()
     weights.rename("disk/w.pt")
     own_mounts = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
@@ -536,11 +632,23 @@ HUB = "nobody/no-such-model"
         ("image_encoder/arguments", {"checkpoint_path": "w.pt"}),
         ("image_encoder/arguments", {"pretrained": True}),
         ("image_encoder/arguments", {"pretrained_cfg": {"hf_hub_id": HUB}}),
-        ("text_encoder", {"model_type": "timm_backbone", "backbone": f"hf-hub:{HUB}", "use_pretrained_backbone": True}),
+        (
+            "text_encoder",
+            {
+                "model_type": "timm_backbone",
+                "backbone": f"hf-hub:{HUB}",
+                "use_pretrained_backbone": True,
+            },
+        ),
         ("text_encoder", {"model_type": "timm_wrapper", "architecture": f"hf-hub:{HUB}"}),
         (
             "text_encoder",
-            {"model_type": "detr", "backbone": f"hf-hub:{HUB}", "use_timm_backbone": True, "vocab_size": 9},
+            {
+                "model_type": "detr",
+                "backbone": f"hf-hub:{HUB}",
+                "use_timm_backbone": True,
+                "vocab_size": 9,
+            },
         ),
         ("text_encoder", {"model_type": HUB}),
         ("text_encoder", {"model_type": "t5"}),
@@ -562,7 +670,10 @@ def test_a_strangers_weights_that_name_a_model_elsewhere_are_refused_without_a_c
         ("config/pretrained", True),
         ("config/download_url", "https://example.org"),
         ("text_encoder/_name_or_path", HUB),
-        ("text_encoder/auto_map", {"AutoModel": f"{HUB}--evil.Model", "AutoConfig": f"{HUB}--evil.Config"}),
+        (
+            "text_encoder/auto_map",
+            {"AutoModel": f"{HUB}--evil.Model", "AutoConfig": f"{HUB}--evil.Config"},
+        ),
         ("text_encoder/attn_implementation", "kernels-community/flash-attn"),
         ("text_encoder/_attn_implementation", "kernels-community/flash-attn"),
         ("text_encoder/_attn_implementation_internal", "kernels-community/flash-attn"),
@@ -583,7 +694,9 @@ def test_what_a_strangers_weights_plant_beside_is_not_asked_for(
     assert connections == []
 
 
-NO_PADDING = '{"version":"1.0","model":{"type":"WordLevel","vocab":{"a":0,"[UNK]":1},"unk_token":"[UNK]"}}'
+NO_PADDING = (
+    '{"version":"1.0","model":{"type":"WordLevel","vocab":{"a":0,"[UNK]":1},"unk_token":"[UNK]"}}'
+)
 
 
 @pytest.mark.parametrize(
@@ -633,13 +746,19 @@ def test_weights_that_a_stranger_changed_are_refused_in_one_line(
     last_words(search, "--weights", file, "--images", pictures, *asked, *SEARCH)
 
 
-def test_weights_without_a_temperature_are_refused_in_one_line(weights: Path, pictures: Path) -> None:
+def test_weights_without_a_temperature_are_refused_in_one_line(
+    weights: Path, pictures: Path
+) -> None:
     picture = next(pictures.iterdir())
     file = tampered(weights, "model/logit_scale", ...)
-    last_words(search, "--weights", file, "--image", picture, "--query", "a", "--query", "b", *SEARCH)
+    last_words(
+        search, "--weights", file, "--image", picture, "--query", "a", "--query", "b", *SEARCH
+    )
 
 
-def test_a_layer_count_out_of_proportion_is_refused_in_no_time(weights: Path, pictures: Path) -> None:
+def test_a_layer_count_out_of_proportion_is_refused_in_no_time(
+    weights: Path, pictures: Path
+) -> None:
     file = tampered(weights, "text_encoder/n_layers", 10**7)
     started = time.monotonic()
     last_words(search, "--weights", file, "--images", pictures, *SEARCH)
@@ -650,7 +769,11 @@ def test_a_resumed_run_from_a_stranger_cannot_choose_where_data_comes_from(
     trained: Path, workplace: Path, connections: list
 ) -> None:
     content = torch.load(trained / "last.pt", weights_only=True)
-    content["config"] |= {"data_dir": "data/flickr8k", "download_url": "http://stranger.example/", "demo": False}
+    content["config"] |= {
+        "data_dir": "data/flickr8k",
+        "download_url": "http://stranger.example/",
+        "demo": False,
+    }
     torch.save(content, "stranger.pt")
     last_words(train, "--resume", "stranger.pt")
     assert "stranger.example" not in str(connections)

@@ -12,7 +12,18 @@ import pandas as pd
 import pytest
 import timm
 import torch
-from conftest import FILES, ROOT, STEPS, TINY, assert_same_tensors, at_step, curve, names_in, script, tensors
+from conftest import (
+    FILES,
+    ROOT,
+    STEPS,
+    TINY,
+    assert_same_tensors,
+    at_step,
+    curve,
+    names_in,
+    script,
+    tensors,
+)
 from PIL import Image
 from torch import Tensor
 from transformers import DistilBertConfig, DistilBertModel, PreTrainedTokenizerFast
@@ -24,7 +35,18 @@ from inference import evaluate
 from models import load_clip, read_weights, word_pieces_of
 from trainer import RECALLS, best_epoch, main, parameter_groups, warmup_then_cosine
 
-SMALL = ["--image-size", "32", "--batch-size", "8", "--epochs", "1", "--num-workers", "0", "--device", "cpu"]
+SMALL = [
+    "--image-size",
+    "32",
+    "--batch-size",
+    "8",
+    "--epochs",
+    "1",
+    "--num-workers",
+    "0",
+    "--device",
+    "cpu",
+]
 METRICS = ["t2i_r1", "t2i_r5", "t2i_r10", "t2i_medr", "i2t_r1", "i2t_r5", "i2t_r10", "i2t_medr"]
 COLUMNS = ["epoch", "seconds", "pairs_per_second", "lr", "train_loss", *METRICS]
 
@@ -98,7 +120,15 @@ def test_without_a_network_or_a_cache_the_first_line_of_the_readme_says_what_to_
 def test_training_in_bfloat16_learns_on_a_cpu_too(workplace):
     flags = "--image-size 32 --batch-size 64 --epochs 1 --num-workers 0 --device cpu --precision bfloat16"
     depthwise = "mobilenetv3_small_050"  # of which some kernels are computed in float32
-    done = script("trainer.py", "--demo", "--image-encoder", depthwise, *flags.split(), cwd=workplace, network=False)
+    done = script(
+        "trainer.py",
+        "--demo",
+        "--image-encoder",
+        depthwise,
+        *flags.split(),
+        cwd=workplace,
+        network=False,
+    )
     assert done.returncode == 0, done.stderr
     assert "device: cpu, bfloat16" in done.stdout
     table = pd.read_csv(workplace / "runs/demo/metrics.csv")
@@ -108,13 +138,22 @@ def test_training_in_bfloat16_learns_on_a_cpu_too(workplace):
 
 
 def test_depthwise_kernels_alone_are_computed_in_float32_then(workplace, shapes):
-    flags = ["--demo", *SMALL, "--data-dir", str(shapes), "--image-encoder", "mobilenetv3_small_050"]
+    flags = [
+        "--demo",
+        *SMALL,
+        "--data-dir",
+        str(shapes),
+        "--image-encoder",
+        "mobilenetv3_small_050",
+    ]
     image = trainer.prepare(parse(Config, flags), None).model.image
     kinds: dict[bool, set] = {True: set(), False: set()}
     for module in image.modules():
         if isinstance(module, torch.nn.Conv2d):
             depthwise = module.groups == module.in_channels
-            module.register_forward_hook(lambda _, inputs, output, kind=kinds[depthwise]: kind.add(output.dtype))
+            module.register_forward_hook(
+                lambda _, inputs, output, kind=kinds[depthwise]: kind.add(output.dtype)
+            )
     with torch.autocast("cpu", torch.bfloat16):
         image(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
     assert kinds == {True: {torch.float32}, False: {torch.bfloat16}}
@@ -139,7 +178,10 @@ def test_the_test_split_is_scored_under_the_same_names(trained):
 
 
 def test_recalls_are_percentages_and_grow_with_k(trained):
-    rows = [*pd.read_csv(trained / "metrics.csv").to_dict("records"), json.loads((trained / "test.json").read_text())]
+    rows = [
+        *pd.read_csv(trained / "metrics.csv").to_dict("records"),
+        json.loads((trained / "test.json").read_text()),
+    ]
     for row in rows:
         for way in ("t2i", "i2t"):
             assert 0 <= row[f"{way}_r1"] <= row[f"{way}_r5"] <= row[f"{way}_r10"] <= 100
@@ -157,7 +199,9 @@ def test_the_curves_are_a_picture(trained):
 def test_the_best_weights_score_what_was_written_down(trained, shapes, split):
     weights = read_weights(trained / "best.pt")
     model, part, device = load_clip(weights), read_splits(shapes)[split], torch.device("cpu")
-    scores = evaluate(model.image, model.text, weights["tokenizer"], part, weights["config"], device)
+    scores = evaluate(
+        model.image, model.text, weights["tokenizer"], part, weights["config"], device
+    )
     if split == "test":
         written = json.loads((trained / "test.json").read_text())
     else:
@@ -166,14 +210,19 @@ def test_the_best_weights_score_what_was_written_down(trained, shapes, split):
     assert scores == pytest.approx(written)
 
 
-def test_the_best_weights_are_those_of_the_largest_sum_of_recalls_and_not_the_last(workplace, shapes, monkeypatch):
+def test_the_best_weights_are_those_of_the_largest_sum_of_recalls_and_not_the_last(
+    workplace, shapes, monkeypatch
+):
     scales = []
 
     def validate(model, run, split):
         scales.append(model.logit_scale.detach().clone())
         number = len(scales)
         recalls = {1: 20.0, 2: 50.0, 3: 45.0}.get(number, 0.0)  # the loss falls all the while
-        return dict.fromkeys(METRICS, recalls) | {"t2i_medr": 10.0 - number, "i2t_medr": 10.0 - number}
+        return dict.fromkeys(METRICS, recalls) | {
+            "t2i_medr": 10.0 - number,
+            "i2t_medr": 10.0 - number,
+        }
 
     monkeypatch.setattr(trainer, "validate", validate)
     main([*TINY, "--epochs", "3", "--data-dir", str(shapes)])
@@ -183,14 +232,34 @@ def test_the_best_weights_are_those_of_the_largest_sum_of_recalls_and_not_the_la
 
 @pytest.mark.parametrize(
     ("sums", "best"),
-    [([10], 1), ([10, 20, 15], 2), ([20, 20, 10], 1), ([5, 20, 20], 2), ([0, 0], 1), ([1, 2, 3], 3)],
+    [
+        ([10], 1),
+        ([10, 20, 15], 2),
+        ([20, 20, 10], 1),
+        ([5, 20, 20], 2),
+        ([0, 0], 1),
+        ([1, 2, 3], 3),
+    ],
 )
-def test_the_best_epoch_has_the_largest_sum_of_the_six_recalls_and_is_the_first_of_equals(sums, best):
+def test_the_best_epoch_has_the_largest_sum_of_the_six_recalls_and_is_the_first_of_equals(
+    sums, best
+):
     def row(number: int, total: int) -> dict[str, float]:
-        shares = dict(zip(RECALLS, (0.3, 0.1, 0.1, 0.0, 0.2, 0.3) if number % 2 else (0.1, 0.3, 0.2, 0.3, 0.1, 0.0)))
+        shares = dict(
+            zip(
+                RECALLS,
+                (0.3, 0.1, 0.1, 0.0, 0.2, 0.3) if number % 2 else (0.1, 0.3, 0.2, 0.3, 0.1, 0.0),
+            )
+        )
         recalls = {name: round(total * share) for name, share in shares.items()}
         recalls["t2i_r1"] += total - sum(recalls.values())
-        return {"epoch": number, "train_loss": 9.0 - number, **recalls, "t2i_medr": 99 - total, "i2t_medr": total}
+        return {
+            "epoch": number,
+            "train_loss": 9.0 - number,
+            **recalls,
+            "t2i_medr": 99 - total,
+            "i2t_medr": total,
+        }
 
     assert len(RECALLS) == 6
     assert best_epoch([row(number, total) for number, total in enumerate(sums, start=1)]) == best
@@ -241,7 +310,9 @@ def test_sigterm_ends_a_run_with_one_line_that_says_how_to_go_on(stopped):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(unbroken, stopped, workplace, shapes, workers):
+def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(
+    unbroken, stopped, workplace, shapes, workers
+):
     shutil.copytree(stopped.folder / "runs", workplace / "runs")
     flags = ["--num-workers", str(workers), "--data-dir", str(shapes)]
     done = script("trainer.py", "--resume", "runs/demo/last.pt", *flags, cwd=workplace)
@@ -268,7 +339,9 @@ def test_resume_alone_takes_everything_from_the_file_its_run_folder_included(
     pd.testing.assert_frame_equal(curve(workplace / "runs/mine"), curve(trained))
 
 
-def test_last_pt_is_there_before_the_first_step_with_everything_to_go_on(workplace, shapes, monkeypatch):
+def test_last_pt_is_there_before_the_first_step_with_everything_to_go_on(
+    workplace, shapes, monkeypatch
+):
     monkeypatch.setattr(trainer, "contrastive_loss", at_step(1, KeyboardInterrupt()))
     last_words(*TINY, "--data-dir", shapes)
     last = read_weights("runs/demo/last.pt")
@@ -290,14 +363,18 @@ def test_last_pt_is_there_before_the_first_step_with_everything_to_go_on(workpla
         (["--augment"], "--augment True", "False"),
     ],
 )
-def test_a_flag_that_contradicts_the_resumed_run_is_refused_with_both_values(trained, workplace, flags, asked, saved):
+def test_a_flag_that_contradicts_the_resumed_run_is_refused_with_both_values(
+    trained, workplace, flags, asked, saved
+):
     message = last_words("--resume", trained / "last.pt", *flags)
     assert f"{asked}:" in message
     assert f" {saved};" in message
     assert names_in(workplace) == []
 
 
-def test_a_resumed_run_may_have_other_data_folder_device_and_workers(trained, workplace, shapes, capsys):
+def test_a_resumed_run_may_have_other_data_folder_device_and_workers(
+    trained, workplace, shapes, capsys
+):
     shutil.copytree(trained, workplace / "runs/demo")
     moved = shutil.copytree(shapes, workplace / "moved")
     flags = ["--data-dir", "moved", "--device", "cpu", "--num-workers", "1", "--epochs", "2"]
@@ -312,7 +389,9 @@ def test_a_resumed_run_may_have_other_data_folder_device_and_workers(trained, wo
 def test_a_run_begun_without_a_scaler_goes_on_with_one(stopped, workplace, shapes, monkeypatch):
     shutil.copytree(stopped.folder / "runs", workplace / "runs")
     made, honest = [], torch.amp.GradScaler
-    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: made.append(honest(device)) or made[0])
+    monkeypatch.setattr(
+        torch.amp, "GradScaler", lambda device, enabled: made.append(honest(device)) or made[0]
+    )
     main(["--resume", "runs/demo/last.pt", "--data-dir", str(shapes)])
     assert len(curve(workplace / "runs/demo")) == 3
     assert read_weights("runs/demo/last.pt")["scaler"] == made[0].state_dict()
@@ -337,7 +416,9 @@ def test_a_run_is_resumed_with_its_whole_folder(trained, workplace, shapes):
     assert "best.pt" in last_words("--resume", "runs/demo/last.pt", "--data-dir", shapes)
 
 
-@pytest.mark.parametrize("flags", [["--name", "mine"], ["--demo", "--name", "mine"], ["--name", "demo"]])
+@pytest.mark.parametrize(
+    "flags", [["--name", "mine"], ["--demo", "--name", "mine"], ["--name", "demo"]]
+)
 def test_a_run_that_can_go_on_is_never_overwritten(workplace, shapes, flags):
     last = workplace / "runs" / flags[-1] / "last.pt"
     last.parent.mkdir(parents=True)
@@ -366,7 +447,9 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(trained, work
     main([*TINY, "--data-dir", str(shapes)])
     pd.testing.assert_frame_equal(curve(workplace / "runs/demo"), curve(trained))
     main([*TINY, "--data-dir", str(shapes), "--seed", "1"])
-    assert set(curve(workplace / "runs/demo")["train_loss"]).isdisjoint(curve(trained)["train_loss"])
+    assert set(curve(workplace / "runs/demo")["train_loss"]).isdisjoint(
+        curve(trained)["train_loss"]
+    )
 
 
 def test_pictures_with_any_names_and_any_number_of_captions_can_be_trained_on(workplace, shapes):
@@ -380,7 +463,20 @@ def test_pictures_with_any_names_and_any_number_of_captions_can_be_trained_on(wo
         rows += [(name, f'picture {number}, "seen" {time} times') for time in range(1 + number % 4)]
     pd.DataFrame(rows, columns=["image", "caption"]).to_csv("my pictures/captions.txt", index=False)
     tiny = ["--no-pretrained", "--image-encoder", "test_resnet", "--text-encoder", "distilbert"]
-    main([*tiny, "--text-layers", "1", "--text-width", "64", "--data-dir", "my pictures", "--name", "mine", *SMALL])
+    main(
+        [
+            *tiny,
+            "--text-layers",
+            "1",
+            "--text-width",
+            "64",
+            "--data-dir",
+            "my pictures",
+            "--name",
+            "mine",
+            *SMALL,
+        ]
+    )
     assert names_in(workplace / "runs/mine") == FILES
 
 
@@ -395,13 +491,31 @@ def backbones(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Iterato
             module.running_mean.uniform_(-0.1, 0.1)
             module.running_var.uniform_(0.5, 2.0)
     timm.models.save_for_hf(image, folder / "image", safe_serialization=True)
-    captions = [caption for captions in read_splits(shapes)["train"].captions for caption in captions]
+    captions = [
+        caption for captions in read_splits(shapes)["train"].captions for caption in captions
+    ]
     plain = word_pieces_of(captions, 64)
-    special = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    special = {
+        "unk_token": "[UNK]",
+        "pad_token": "[PAD]",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+    }
     PreTrainedTokenizerFast(tokenizer_object=plain, **special).save_pretrained(folder / "text")
-    sizes = {"dim": 32, "hidden_dim": 64, "n_layers": 1, "n_heads": 2, "vocab_size": plain.get_vocab_size()}
+    sizes = {
+        "dim": 32,
+        "hidden_dim": 64,
+        "n_layers": 1,
+        "n_heads": 2,
+        "vocab_size": plain.get_vocab_size(),
+    }
     DistilBertModel(DistilBertConfig(**sizes)).save_pretrained(folder / "text")
-    return ["--image-encoder", f"local-dir:{folder / 'image'}", "--text-encoder", str(folder / "text")]
+    return [
+        "--image-encoder",
+        f"local-dir:{folder / 'image'}",
+        "--text-encoder",
+        str(folder / "text"),
+    ]
 
 
 def compared(weights: Path, backbones: list[str], part: str) -> dict[str, bool]:
@@ -411,12 +525,16 @@ def compared(weights: Path, backbones: list[str], part: str) -> dict[str, bool]:
     folder = Path(backbones[1 if part == "image" else 3].removeprefix("local-dir:"))
     now, before = tensors(weights), load_file(folder / "model.safetensors")
     prefix = f"{part}.encoder.model."
-    held = {name.removeprefix(prefix): value for name, value in now.items() if name.startswith(prefix)}
+    held = {
+        name.removeprefix(prefix): value for name, value in now.items() if name.startswith(prefix)
+    }
     assert held
     return {name: torch.equal(value, before[name]) for name, value in held.items()}
 
 
-def test_training_moves_both_pretrained_encoders_but_not_batch_norm_statistics(workplace, shapes, backbones):
+def test_training_moves_both_pretrained_encoders_but_not_batch_norm_statistics(
+    workplace, shapes, backbones
+):
     whole = ["--freeze-image-encoder", "0", "--freeze-text-encoder", "0"]
     main([*backbones, *whole, "--data-dir", str(shapes), *SMALL])
     image = compared(workplace / "runs/clip/best.pt", backbones, "image")
@@ -430,7 +548,9 @@ def test_training_moves_both_pretrained_encoders_but_not_batch_norm_statistics(w
 
 
 @pytest.mark.parametrize("still", ["image", "text"])
-def test_an_encoder_whose_rate_is_nought_stays_as_its_folder_has_it(workplace, shapes, backbones, still):
+def test_an_encoder_whose_rate_is_nought_stays_as_its_folder_has_it(
+    workplace, shapes, backbones, still
+):
     main([*backbones, f"--{still}-lr", "0", "--data-dir", str(shapes), *SMALL])
     for part in ("image", "text"):
         unchanged = compared(workplace / "runs/clip/best.pt", backbones, part).values()
@@ -453,7 +573,9 @@ def test_heads_and_encoders_have_rates_of_their_own_and_only_matrices_decay(trai
     rates = {"image": 0.1, "text": 0.2, "head": 0.3}
     config = Config(image_lr=0.1, text_lr=0.2, head_lr=0.3, weight_decay=0.4)
     groups = parameter_groups(model, config)
-    found = [(id(p), group["lr"], group["weight_decay"]) for group in groups for p in group["params"]]
+    found = [
+        (id(p), group["lr"], group["weight_decay"]) for group in groups for p in group["params"]
+    ]
 
     parts = {"image": model.image.encoder, "text": model.text.encoder}
     expected = [
@@ -467,7 +589,9 @@ def test_heads_and_encoders_have_rates_of_their_own_and_only_matrices_decay(trai
     assert sorted(found) == sorted(expected)
 
 
-@pytest.mark.parametrize(("steps", "warmup"), [(100, 0.1), (100, 0.0), (37, 0.5), (5, 1.0), (1, 0.1)])
+@pytest.mark.parametrize(
+    ("steps", "warmup"), [(100, 0.1), (100, 0.0), (37, 0.5), (5, 1.0), (1, 0.1)]
+)
 def test_rates_rise_in_a_line_to_their_peak_and_fall_to_nought(steps, warmup):
     factor = warmup_then_cosine(steps, warmup)
     rising = max(1, round(steps * warmup))
@@ -506,15 +630,22 @@ def test_a_training_split_smaller_than_a_batch_names_the_flag(workplace, shapes)
 
 
 @pytest.mark.parametrize("flags", [["--demo"], ["--no-pretrained"], ["--demo", "--no-pretrained"]])
-def test_a_data_folder_that_was_given_and_is_absent_is_an_error_and_nothing_is_created(workplace, flags):
+def test_a_data_folder_that_was_given_and_is_absent_is_an_error_and_nothing_is_created(
+    workplace, flags
+):
     message = last_words(*flags, "--data-dir", "data/flickr8", *SMALL)
     assert "data/flickr8" in message
     assert names_in(workplace) == []
 
 
 @pytest.mark.parametrize("flag", ["--image-encoder", "--text-encoder"])
-def test_pretrained_weights_that_cannot_be_fetched_stop_before_data_is_read(workplace, backbones, flag, capsys):
-    absent = {"--image-encoder": "hf-hub:nobody/no-such-model", "--text-encoder": "nobody/no-such-model"}[flag]
+def test_pretrained_weights_that_cannot_be_fetched_stop_before_data_is_read(
+    workplace, backbones, flag, capsys
+):
+    absent = {
+        "--image-encoder": "hf-hub:nobody/no-such-model",
+        "--text-encoder": "nobody/no-such-model",
+    }[flag]
     message = last_words(*backbones, flag, absent, *SMALL)
     for words in (absent, "folder", "--no-pretrained", "--demo"):
         assert words in message.replace("FOLDER", "folder")
@@ -529,7 +660,9 @@ def own_shapes(workplace: Path, shapes: Path) -> Path:
 
 
 @pytest.mark.parametrize("split", ["train", "dev", "test"])
-def test_a_picture_without_a_sound_header_stops_training_before_the_first_step(workplace, own_shapes, split):
+def test_a_picture_without_a_sound_header_stops_training_before_the_first_step(
+    workplace, own_shapes, split
+):
     picture = read_splits(own_shapes)[split].paths[-1]
     picture.write_bytes(b"not a picture" * 20)
     assert str(picture.relative_to(workplace)) in last_words(*TINY, "--data-dir", "own")
@@ -551,14 +684,20 @@ def test_a_truncated_picture_stops_training_when_it_is_read(workplace, own_shape
 
 @pytest.mark.parametrize("which", ["image", "text"])
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_the_frozen_share_of_an_encoder_stays_as_its_folder_has_it(workplace, shapes, backbones, which, share):
+def test_the_frozen_share_of_an_encoder_stays_as_its_folder_has_it(
+    workplace, shapes, backbones, which, share
+):
     """Counted in tensors from the input; all the rest learns, but for batch-norm statistics."""
     shares = {"image": 0.0, "text": 0.0} | {which: share}
-    flags = [word for part, of_it in shares.items() for word in (f"--freeze-{part}-encoder", str(of_it))]
+    flags = [
+        word for part, of_it in shares.items() for word in (f"--freeze-{part}-encoder", str(of_it))
+    ]
     main([*backbones, *flags, "--data-dir", str(shapes), *SMALL])
     for part, of_it in shares.items():
         unchanged = compared(workplace / "runs/clip/best.pt", backbones, part)
-        encoder = getattr(load_clip(read_weights(workplace / "runs/clip/best.pt")), part).encoder.model
+        encoder = getattr(
+            load_clip(read_weights(workplace / "runs/clip/best.pt")), part
+        ).encoder.model
         in_order = [name for name, _ in encoder.named_parameters()]
         frozen = round(of_it * len(in_order))
         assert all(unchanged[name] for name in in_order[:frozen])
@@ -567,7 +706,17 @@ def test_the_frozen_share_of_an_encoder_stays_as_its_folder_has_it(workplace, sh
 
 
 def test_an_encoder_from_scratch_learns_whole(workplace, shapes):
-    main([*TINY, "--data-dir", str(shapes), "--freeze-image-encoder", "1", "--freeze-text-encoder", "1"])
+    main(
+        [
+            *TINY,
+            "--data-dir",
+            str(shapes),
+            "--freeze-image-encoder",
+            "1",
+            "--freeze-text-encoder",
+            "1",
+        ]
+    )
     first, last = weights_before(workplace, shapes), tensors(workplace / "runs/demo/last.pt")
     still = {name for name in first if torch.equal(first[name], last[name])}
     assert not [name for name in still if ".encoder.model." in name and name.endswith("weight")]
