@@ -139,7 +139,8 @@ def test_the_other_commands_install_what_is_here() -> None:
     ours = (
         "python -m pytest tests",
         "tests/requirements",
-        *(f"tests/{program}.py" for program in PROGRAMS),
+        "tests/benchmarks/requirements",
+        *(f"tests/benchmarks/{program}.py" for program in PROGRAMS),
     )
     for command in others[2:]:
         assert any(known in command for known in ours)
@@ -149,16 +150,20 @@ def test_the_other_commands_install_what_is_here() -> None:
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_a_program_of_measurement_knows_the_flags_of_its_commands(program: str) -> None:
-    commands = [line for line in COMMANDS if line.startswith(f"python tests/{program}.py")]
+    commands = [
+        line for line in COMMANDS if line.startswith(f"python tests/benchmarks/{program}.py")
+    ]
     assert commands
-    help = script(f"tests/{program}.py", "--help", cwd=ROOT).stdout
+    help = script(f"tests/benchmarks/{program}.py", "--help", cwd=ROOT).stdout
     for command in commands:
         for flag in re.findall(r"--[\w-]+", command.partition(" --settings ")[0]):
             assert f"{flag} " in help
 
 
 def test_the_ablation_has_a_row_for_each_change(place: Path) -> None:
-    (command,) = [line for line in COMMANDS if line.startswith("python tests/ablation.py")]
+    (command,) = [
+        line for line in COMMANDS if line.startswith("python tests/benchmarks/ablation.py")
+    ]
     arguments, settings = (shlex.split(part) for part in command.split(" --settings "))
     changes = ["recipe", "mean of weights", "two captions a picture"]
     program = (

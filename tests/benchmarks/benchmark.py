@@ -1,9 +1,9 @@
 """Prints the table of README's "Speed": every figure a ratio between things that were run in turn.
 
-pip install -r requirements.txt -r tests/requirements-bench.txt
-python tests/benchmark.py --data-dir path/to/flickr8k --image-encoder path/to/timm-folder --text-encoder path/to/folder
-python tests/benchmark.py --data-dir ... --only search second_query
-python tests/benchmark.py --data-dir ... --only search --full
+pip install -r requirements.txt -r tests/benchmarks/requirements.txt
+python tests/benchmarks/benchmark.py --data-dir path/to/flickr8k --image-encoder path/to/timm-folder --text-encoder path/to/folder
+python tests/benchmarks/benchmark.py --data-dir ... --only search second_query
+python tests/benchmarks/benchmark.py --data-dir ... --only search --full
 
 The encoders are folders with pretrained weights, as `timm` and `transformers` save them. Each measurement has a process
 of its own, so that none inherits another's memory or threads.
@@ -25,7 +25,7 @@ from pathlib import Path
 
 from measuring import measuring_parser
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 MEASUREMENTS: dict[str, Callable[[Namespace], Iterator[tuple[str, str, str]]]] = {}
 PAIRS = {  # image size, batch, steps of one round
@@ -145,7 +145,7 @@ def training(options: Namespace) -> Iterator[tuple[str, str, str]]:
 
 def small_data_set(data_dir: str, folder: Path, train: int) -> None:
     """`train` pictures of Flickr8k and eight each for dev and test, in Kaggle's layout; and open_clip's table."""
-    from rivals import write_pairs
+    from baselines import write_pairs
 
     from data import read_splits
 
@@ -237,7 +237,7 @@ def open_clip(options: Namespace, pair: str, steps: str) -> dict[str, float]:
 
     Its readers have decoded most of the few batches by then, which is to its advantage; so too in the tutorial's loop.
     """
-    from rivals import describe_to_open_clip, train_open_clip
+    from baselines import describe_to_open_clip, train_open_clip
 
     size, batch, _ = PAIRS[pair]
     if pair == "stand-ins":
@@ -262,7 +262,7 @@ def open_clip(options: Namespace, pair: str, steps: str) -> dict[str, float]:
 
 def tutorial(options: Namespace, pair: str, steps: str) -> dict[str, float]:
     """Pairs/s of the loop of moein-shariatnia/OpenAI-CLIP: its loader, its padding, its loss."""
-    from rivals import Tutorial, TutorialRows
+    from baselines import Tutorial, TutorialRows
     from torch.utils.data import Subset
     from transformers import AutoModel
 

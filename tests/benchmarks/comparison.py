@@ -1,10 +1,10 @@
 """Recalls of this repository, open_clip's program and the tutorial's recipe: same pictures, encoders, size and minutes.
 
-pip install -r requirements.txt -r tests/requirements-bench.txt
+pip install -r requirements.txt -r tests/benchmarks/requirements.txt
 DATA="--data-dir path/to/flickr8k --image-encoder path/to/timm-folder --text-encoder path/to/transformers-folder"
-python tests/comparison.py $DATA --minutes 15 --open-clip-lr 1e-4 3e-4 1e-3 --tutorial-times 0.3 1 3
-python tests/comparison.py $DATA --minutes 45 --open-clip-lr 3e-4 --tutorial-times 1 --split test
-python tests/comparison.py $DATA --weights runs/clip/best.pt --split test
+python tests/benchmarks/comparison.py $DATA --minutes 15 --open-clip-lr 1e-4 3e-4 1e-3 --tutorial-times 0.3 1 3
+python tests/benchmarks/comparison.py $DATA --minutes 45 --open-clip-lr 3e-4 --tutorial-times 1 --split test
+python tests/benchmarks/comparison.py $DATA --weights runs/clip/best.pt --split test
 
 Rates are chosen on the dev split, which is the default. All are scored by `recalls`, which shares nothing with
 `inference.py`. Each run has a process of its own. The minutes are of training, without loading, validating and saving;
@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from measuring import absolute, measuring_parser
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 K = (1, 5, 10)
 BATCH = 64  # open_clip's default
@@ -181,8 +181,8 @@ def open_clip(options: Namespace, lr: str, folder: Path) -> dict:
     precision, and how many rows, from the first again after the last, fill the minutes.
     """
     import open_clip as library
+    from baselines import OPEN_CLIP_MODEL, describe_to_open_clip, train_open_clip, write_pairs
     from PIL import Image
-    from rivals import OPEN_CLIP_MODEL, describe_to_open_clip, train_open_clip, write_pairs
 
     from data import read_splits
 
@@ -252,7 +252,7 @@ def tutorial(options: Namespace, times: str, folder: Path) -> dict:
 
     The weights with the smallest such loss are scored, of the ends of epochs and of the minutes.
     """
-    from rivals import Tutorial, TutorialRows
+    from baselines import Tutorial, TutorialRows
 
     from config import Config, pick_device
     from data import read_splits, tokenize

@@ -1,7 +1,7 @@
 """One change to the recipe at a time, trained shortly and scored on the dev split: README's table of what paid.
 
-python tests/ablation.py --data-dir path/to/flickr8k --image-encoder path/to/timm-folder --text-encoder path/to/folder
-python tests/ablation.py --data-dir ... --only recipe "mean of weights" --settings --image-size 128 --epochs 6
+python tests/benchmarks/ablation.py --data-dir path/to/flickr8k --image-encoder path/to/timm-folder --text-encoder path/to/folder
+python tests/benchmarks/ablation.py --data-dir ... --only recipe "mean of weights" --settings --image-size 128 --epochs 6
 
 What stands after `--settings` goes to every run, to shorten them all. Each has a process of its own.
 """
@@ -26,7 +26,7 @@ from measuring import measuring_parser
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
