@@ -5,25 +5,17 @@ python trainer.py --help
 python inference.py --help
 """
 
-import ctypes
 import io
 import os
-import platform
 import re
-import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.distributed._functional_collectives import all_gather_single_autograd
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
@@ -305,16 +297,6 @@ def parse(
     return parsed
 
 
-def asked(config: SearchConfig) -> list[str]:
-    """The queries of the command line, or with "-" those on standard input, a line each."""
-    if config.query != ["-"]:
-        return config.query
-    with suppress(UnicodeDecodeError):
-        if lines := [line.strip() for line in sys.stdin if line.strip()]:
-            return lines
-    raise UserError("--query -: standard input holds no line of UTF-8 text")
-
-
 def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
     """Ends a script with one line and status 1 on a `UserError`; a bug still shows its traceback."""
 
@@ -356,148 +338,3 @@ def progress(items: Iterable, what: str, **options: Any) -> tqdm:
     seconds = 0.1 if sys.stderr.isatty() else 30
     options |= {"mininterval": seconds, "maxinterval": seconds, "delay": 1, "dynamic_ncols": True}
     return tqdm(items, what, disable=dist.is_initialized() and dist.get_rank() > 0, **options)
-
-
-# ---------------------------------------------------------------- the machine
-
-
-def pick_device(name: str) -> torch.device:
-    """The device that is asked for, made ready; with "auto" CUDA where there is one, else MPS, else the CPU.
-
-    Of the processes that torchrun starts on a machine, each takes a GPU of its own.
-    """
-    if name == "auto":
-        name = (
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available()
-            else "cpu"
-        )
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}; try auto or cpu") from None
-    device = torch.device(name)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32
-    elif device.type == "cpu":
-        keep_freed_memory()
-    return device
-
-
-@dataclass(frozen=True)
-class Process:
-    """The process that trains: its device, its precision, and which it is of how many (torchrun's rank and world)."""
-
-    device: torch.device
-    precision: torch.dtype  # of the encoders in training
-    rank: int  # the first, 0, speaks for all, validates and writes
-    count: int
-
-    @classmethod
-    def join(cls, config: Config) -> "Process":
-        """Joins those that torchrun started. A plain `python trainer.py` is 0 of 1: no process group is made."""
-        device, precision = pick_device(config.device), torch.float32
-        if config.precision != "auto":
-            precision = getattr(torch, config.precision)
-        elif device.type == "cuda":
-            precision = (
-                torch.bfloat16
-                if torch.cuda.is_bf16_supported(including_emulation=False)
-                else torch.float16
-            )
-        if not dist.is_torchelastic_launched():
-            return cls(device, precision, rank=0, count=1)
-        # Hours, as the others wait while the first fetches data or validates; of a death torchrun tells the others.
-        backend, own = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-        dist.init_process_group(backend, timeout=timedelta(hours=6), device_id=own)
-        if dist.get_rank() > 0:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (the first speaks for all)
-            for stop in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(stop, signal.SIG_DFL)
-        return cls(device, precision, dist.get_rank(), dist.get_world_size())
-
-    def rows(self, batch_size: int) -> slice:
-        """Which pairs of each batch are its own."""
-        if batch_size % self.count:
-            raise UserError(
-                f"--batch-size {batch_size}: cannot be shared evenly among {self.count} processes"
-            )
-        share = batch_size // self.count
-        return slice(self.rank * share, (self.rank + 1) * share)
-
-    def replicate(self, model: nn.Module) -> nn.Module:
-        """The model as each process trains it: with the same weights, and the mean of all gradients."""
-        if self.count == 1:
-            return model
-        if (
-            self.device.type == "cuda"
-        ):  # batch norm in training mode sees the whole batch; torch has it for CUDA alone
-            from timm.layers import convert_sync_batchnorm
-
-            convert_sync_batchnorm(model)
-        return DistributedDataParallel(model, forward_sync_buffers=False, static_graph=True)
-
-    def gather(self, rows: torch.Tensor) -> torch.Tensor:
-        """From its own rows (R, D) to those of all (B, D); gradients flow back to the process that a row came from."""
-        return rows if self.count == 1 else all_gather_single_autograd(rows, 0, dist.group.WORLD)
-
-    def mean(self, values: torch.Tensor) -> torch.Tensor:
-        """The mean of all processes' `values`."""
-        if self.count > 1:
-            dist.all_reduce(values)
-        return values / self.count
-
-    def in_turn(self, work: Callable[[], None]) -> None:
-        """Has the first process `work`, then the first of each machine, where machines share no files."""
-        for leads in (self.rank == 0, os.environ.get("LOCAL_RANK", "0") == "0"):
-            if leads:
-                work()
-            self.wait()
-
-    def wait(self) -> None:
-        """Until all processes are here."""
-        if self.count > 1:
-            dist.barrier()
-
-    def leave(self) -> None:
-        """Ends the group, when all are done."""
-        self.wait()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def keep_freed_memory() -> None:
-    """Has glibc keep what a step freed for the next: zeroing fresh pages took half the time of a step on the CPU."""
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no allocation gets pages of its own
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: freed pages are never handed back
-
-
-def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Replaces `path` at once: at no instant is it missing or half-written, even if the process is killed."""
-    beside = path.with_name(
-        f"{path.name}.{os.getpid()}.tmp"
-    )  # two processes may build the same index
-    try:
-        with beside.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except (OSError, RuntimeError) as error:
-        cause = error.__context__ or error  # torch wraps what it meets
-        if isinstance(cause, KeyboardInterrupt) or READER in str(
-            cause
-        ):  # neither is about the file
-            raise cause from None
-        reason = getattr(cause, "strerror", None) or error
-        raise UserError(f"{path}: could not be written, what was there stands: {reason}") from None
-    finally:
-        with suppress(OSError):
-            beside.unlink()

@@ -16,11 +16,11 @@ import urllib.request
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from PIL import ExifTags, Image, ImageDraw
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from config import Config, UserError, progress
+from config import READER, Config, UserError, progress
 
 SPLITS = ("train", "dev", "test")
 ARCHIVES = ("Flickr8k_Dataset.zip", "Flickr8k_text.zip")
@@ -521,3 +521,27 @@ def training_loader(
         make_batch,
         batch_sampler=batches,
     )
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Replaces `path` at once: at no instant is it missing or half-written, even if the process is killed."""
+    beside = path.with_name(
+        f"{path.name}.{os.getpid()}.tmp"
+    )  # two processes may build the same index
+    try:
+        with beside.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except (OSError, RuntimeError) as error:
+        cause = error.__context__ or error  # torch wraps what it meets
+        if isinstance(cause, KeyboardInterrupt) or READER in str(
+            cause
+        ):  # neither is about the file
+            raise cause from None
+        reason = getattr(cause, "strerror", None) or error
+        raise UserError(f"{path}: could not be written, what was there stands: {reason}") from None
+    finally:
+        with suppress(OSError):
+            beside.unlink()

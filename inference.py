@@ -10,8 +10,10 @@ import hashlib
 import json
 import math
 import os
+import sys
 import textwrap
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,19 +26,19 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from config import (
-    Config,
-    SearchConfig,
-    UserError,
-    asked,
-    one_line_errors,
-    parse,
-    pick_device,
-    progress,
+from config import Config, SearchConfig, UserError, one_line_errors, parse, progress
+from data import (
+    Split,
+    Transform,
+    list_pictures,
+    loader,
+    read_picture,
+    read_splits,
+    stack,
+    tokenize,
     write_whole,
 )
-from data import Split, Transform, list_pictures, loader, read_picture, read_splits, stack, tokenize
-from models import SEARCH_SCALE, Tower, load_tower, read_weights, search_size
+from models import SEARCH_SCALE, Tower, load_tower, pick_device, read_weights, search_size
 
 RECALLS_AT = (1, 5, 10)
 SCORES_AT_ONCE = 2**24  # of a block of the ranking: 64 MB
@@ -453,6 +455,16 @@ def draw_texts(found: list[Match]) -> Figure:
     )
     bars.set(xlim=(0, 1), xlabel="probability", ylim=(len(found) - 0.5, -0.5))
     return figure
+
+
+def asked(config: SearchConfig) -> list[str]:
+    """The queries of the command line, or with "-" those on standard input, a line each."""
+    if config.query != ["-"]:
+        return config.query
+    with suppress(UnicodeDecodeError):
+        if lines := [line.strip() for line in sys.stdin if line.strip()]:
+            return lines
+    raise UserError("--query -: standard input holds no line of UTF-8 text")
 
 
 def wrapped(text: str, width: int) -> str:

@@ -10,26 +10,39 @@ torchrun --nproc_per_node=4 trainer.py --batch-size 1024
 import importlib.util
 import json
 import math
+import os
 import shlex
 import signal
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+import torch.distributed as dist
 from matplotlib.figure import Figure
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_gather_single_autograd
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
-from config import DEMO, Config, Process, UserError, one_line_errors, parse, progress, write_whole
-from data import Split, draw_shapes, fetch_flickr8k, open_picture, read_splits, training_loader
+from config import DEMO, Config, UserError, one_line_errors, parse, progress
+from data import (
+    Split,
+    draw_shapes,
+    fetch_flickr8k,
+    open_picture,
+    read_splits,
+    training_loader,
+    write_whole,
+)
 from inference import METRICS, RECALLS_AT, describe, evaluate
 from models import (
     CLIP,
@@ -40,6 +53,7 @@ from models import (
     load_clip,
     load_text_encoder,
     pack_weights,
+    pick_device,
     read_weights,
     text_encoder_from_scratch,
 )
@@ -80,6 +94,88 @@ def resumed_config(argv: list[str] | None, checkpoint: dict[str, Any], path: str
                 f"--{name.replace('_', '-')} {value}: the run to resume has {saved[name]}; leave it out"
             )
     return config
+
+
+@dataclass(frozen=True)
+class Process:
+    """The process that trains: its device, its precision, and which it is of how many (torchrun's rank and world)."""
+
+    device: torch.device
+    precision: torch.dtype  # of the encoders in training
+    rank: int  # the first, 0, speaks for all, validates and writes
+    count: int
+
+    @classmethod
+    def join(cls, config: Config) -> "Process":
+        """Joins those that torchrun started. A plain `python trainer.py` is 0 of 1: no process group is made."""
+        device, precision = pick_device(config.device), torch.float32
+        if config.precision != "auto":
+            precision = getattr(torch, config.precision)
+        elif device.type == "cuda":
+            precision = (
+                torch.bfloat16
+                if torch.cuda.is_bf16_supported(including_emulation=False)
+                else torch.float16
+            )
+        if not dist.is_torchelastic_launched():
+            return cls(device, precision, rank=0, count=1)
+        # Hours, as the others wait while the first fetches data or validates; of a death torchrun tells the others.
+        backend, own = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, timeout=timedelta(hours=6), device_id=own)
+        if dist.get_rank() > 0:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (the first speaks for all)
+            for stop in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(stop, signal.SIG_DFL)
+        return cls(device, precision, dist.get_rank(), dist.get_world_size())
+
+    def rows(self, batch_size: int) -> slice:
+        """Which pairs of each batch are its own."""
+        if batch_size % self.count:
+            raise UserError(
+                f"--batch-size {batch_size}: cannot be shared evenly among {self.count} processes"
+            )
+        share = batch_size // self.count
+        return slice(self.rank * share, (self.rank + 1) * share)
+
+    def replicate(self, model: nn.Module) -> nn.Module:
+        """The model as each process trains it: with the same weights, and the mean of all gradients."""
+        if self.count == 1:
+            return model
+        if (
+            self.device.type == "cuda"
+        ):  # batch norm in training mode sees the whole batch; torch has it for CUDA alone
+            from timm.layers import convert_sync_batchnorm
+
+            convert_sync_batchnorm(model)
+        return DistributedDataParallel(model, forward_sync_buffers=False, static_graph=True)
+
+    def gather(self, rows: torch.Tensor) -> torch.Tensor:
+        """From its own rows (R, D) to those of all (B, D); gradients flow back to the process that a row came from."""
+        return rows if self.count == 1 else all_gather_single_autograd(rows, 0, dist.group.WORLD)
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """The mean of all processes' `values`."""
+        if self.count > 1:
+            dist.all_reduce(values)
+        return values / self.count
+
+    def in_turn(self, work: Callable[[], None]) -> None:
+        """Has the first process `work`, then the first of each machine, where machines share no files."""
+        for leads in (self.rank == 0, os.environ.get("LOCAL_RANK", "0") == "0"):
+            if leads:
+                work()
+            self.wait()
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.count > 1:
+            dist.barrier()
+
+    def leave(self) -> None:
+        """Ends the group, when all are done."""
+        self.wait()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 @dataclass

@@ -34,8 +34,8 @@ from transformers import (
 )
 from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 
-from config import Config, UserError, write_whole
-from data import Transform, read_picture, stack, tokenize
+from config import Config, UserError
+from data import Transform, read_picture, stack, tokenize, write_whole
 from models import (
     CLIP,
     FORMAT,

@@ -33,12 +33,12 @@ from conftest import (
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-import config
 import trainer
-from config import Config, Process, UserError, parse
+from config import Config, UserError, parse
 from data import EpochBatches
 from inference import main as search
 from models import contrastive_loss, read_weights
+from trainer import Process
 
 CASES = {"gathered": [], "chunked": ["--chunk-size", "3"], "local": []}
 
@@ -226,7 +226,7 @@ def test_a_batch_that_cannot_be_shared_evenly_names_the_flag_and_the_number_of_p
 def test_synchronised_batch_norm_keeps_the_names_and_values_of_the_weights(
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr(config, "DistributedDataParallel", lambda model, **_: model)
+    monkeypatch.setattr(trainer, "DistributedDataParallel", lambda model, **_: model)
     model, _ = build(CONFIG)
     held = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad():

@@ -271,7 +271,7 @@ FREED = """
 from pathlib import Path
 from resource import getpagesize
 import torch
-from config import pick_device
+from models import pick_device
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * getpagesize()

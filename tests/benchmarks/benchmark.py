@@ -322,8 +322,7 @@ def step(options: Namespace, batch: str, chunk: str) -> dict[str, float]:
     """Peak memory of two steps in chunks, and the time of two more over that of the same steps without chunks."""
     import torch
 
-    from config import pick_device
-    from models import contrastive_loss
+    from models import contrastive_loss, pick_device
 
     pick_device("cpu")
     model, _, _ = stand_ins(options)
@@ -420,8 +419,8 @@ def rank(options: Namespace, array: str, queries: str, which: str) -> dict[str, 
     import numpy as np
     import torch
 
-    from config import pick_device
     from inference import top_matches
+    from models import pick_device
 
     pick_device("cpu")
     images = torch.from_numpy(np.load(array, mmap_mode="c"))
@@ -462,8 +461,8 @@ def rank(options: Namespace, array: str, queries: str, which: str) -> dict[str, 
 def large_recall(options: Namespace) -> dict[str, float]:
     import torch
 
-    from config import pick_device
     from inference import retrieval_metrics
+    from models import pick_device
 
     pick_device("cpu")
     images = torch.nn.functional.normalize(torch.randn(31_000, 256))
@@ -488,10 +487,10 @@ def folder(options: Namespace) -> Iterator[tuple[str, str, str]]:
 def embed(options: Namespace, encoder: str, size: str, pictures: str) -> dict[str, float]:
     import torch
 
-    from config import Config, SearchConfig, pick_device
+    from config import Config, SearchConfig
     from data import Transform, read_picture, read_splits, stack
     from inference import embed_pictures
-    from models import ImageEncoder, Tower
+    from models import ImageEncoder, Tower, pick_device
 
     device = pick_device("cpu")
     # Without augmentation pictures are embedded at the very size.

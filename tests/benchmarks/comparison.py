@@ -254,9 +254,9 @@ def tutorial(options: Namespace, times: str, folder: Path) -> dict:
     """
     from baselines import Tutorial, TutorialRows
 
-    from config import Config, pick_device
+    from config import Config
     from data import read_splits, tokenize
-    from models import CLIP, Tower, build_image_encoder, load_text_encoder
+    from models import CLIP, Tower, build_image_encoder, load_text_encoder, pick_device
 
     pick_device("cpu")
     torch.manual_seed(0)
