@@ -22,16 +22,16 @@ from transformers.hf_argparser import HfArg
 
 FLICKR8K_URL = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k/"
 NUM_WORKERS = "processes that read ahead; 0: none; -1: on the CPU 4 to train, 0 to embed, else one a core, 4 to 16"
-READER = "DataLoader worker"  # so torch calls it in its errors
+WORKER = "DataLoader worker"  # so torch calls it in its errors
 DEVICE = "auto: cuda where there is one, else mps, else cpu; or a name such as cuda:1"
 
 
 class UserError(Exception):
-    """What the user can put right; `one_line_errors` prints it without a traceback."""
+    """What the user can put right; `cli_errors` prints it without a traceback."""
 
     def __init__(self, message: str):
         if message.startswith(
-            f"Caught UserError in {READER}"
+            f"Caught UserError in {WORKER}"
         ):  # inside its traceback, as the last line
             message = message.strip().splitlines()[-1].removeprefix("config.UserError: ")
         super().__init__(" ".join(message.splitlines()))
@@ -142,7 +142,7 @@ class Config:
     )
 
     def __post_init__(self) -> None:
-        _require_ranges(
+        _check_ranges(
             self,
             image_size=(32, 2048),
             max_length=(4, 512),
@@ -180,7 +180,7 @@ class Config:
             )
 
 
-DEMO = {
+DEMO_DEFAULTS = {
     "data_dir": "data/shapes",
     "name": "demo",
     "image_size": 64,
@@ -231,7 +231,7 @@ class SearchConfig:
     device: str = HfArg(default="auto", help=DEVICE)
 
     def __post_init__(self) -> None:
-        _require_ranges(self, n=(1, 1_000_000), num_workers=(-1, 256))
+        _check_ranges(self, n=(1, 1_000_000), num_workers=(-1, 256))
         if not all(query.strip() for query in self.query):
             raise ValueError("argument --query: empty, but some words are needed")
         if "-" in self.query and len(self.query) > 1:
@@ -253,7 +253,7 @@ class SearchConfig:
             )
 
 
-def _require_ranges(settings: Any, **ranges: tuple[float, float]) -> None:
+def _check_ranges(settings: Any, **ranges: tuple[float, float]) -> None:
     """Refuses, by its flag, a setting outside [low, high]; not-a-number is outside of all."""
     for name, (low, high) in ranges.items():
         value = getattr(settings, name)
@@ -293,11 +293,11 @@ def parse(
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)} (--help lists what is allowed)")
     if settings is Config and parsed.demo and defaults is None:
-        return parse(settings, argv, DEMO)
+        return parse(settings, argv, DEMO_DEFAULTS)
     return parsed
 
 
-def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
+def cli_errors(main: Callable[..., None]) -> Callable[..., None]:
     """Ends a script with one line and status 1 on a `UserError`; a bug still shows its traceback."""
 
     def script(argv: list[str] | None = None) -> None:
@@ -318,7 +318,7 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
                 sys.exit(
                     f"error: this process cannot go on without the others: {str(error).splitlines()[0]}"
                 )
-            if READER not in str(error) and not isinstance(
+            if WORKER not in str(error) and not isinstance(
                 error, ConnectionError
             ):  # to a dead reader
                 raise

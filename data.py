@@ -28,11 +28,11 @@ from PIL import ExifTags, Image, ImageDraw
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from config import READER, Config, UserError, progress
+from config import WORKER, Config, UserError, progress
 
 SPLITS = ("train", "dev", "test")
 ARCHIVES = ("Flickr8k_Dataset.zip", "Flickr8k_text.zip")
-TEXT_GROUPS = 4  # of a batch's captions on the CPU, each padded to its own longest; a GPU would wait for its kernels
+TEXT_BUCKETS = 4  # of a batch's captions on the CPU, each padded to its own longest; a GPU would wait for its kernels
 UPRIGHT = (
     "FLIP_LEFT_RIGHT",
     "ROTATE_180",
@@ -74,10 +74,10 @@ def read_splits(data_dir: str | Path) -> dict[str, Split]:
         raise UserError(f"--data-dir {data_dir}: no such folder")
     pictures, captions_file, rows = _find_layout(folder)
     captions = _captions_by_picture(rows, pictures, captions_file)
-    lists = _read_lists(captions_file.parent) or _draw_lists(sorted(captions))
+    lists = _read_split_lists(captions_file.parent) or _hash_split(sorted(captions))
     unlisted = captions.keys() - set().union(*lists.values())
     wordless = {
-        path.relative_to(pictures).as_posix() for path in list_pictures(pictures)
+        path.relative_to(pictures).as_posix() for path in list_images(pictures)
     } - captions.keys()
     if unlisted or wordless:
         print(
@@ -129,9 +129,9 @@ def _find_layout(folder: Path) -> tuple[Path, Path, Iterator[Row]]:
     for text_folder in (folder, folder / "Flickr8k_text"):
         tokens = text_folder / "Flickr8k.token.txt"
         if tokens.is_file() and (folder / "Flicker8k_Dataset").is_dir():
-            return folder / "Flicker8k_Dataset", tokens, _read_tokens(tokens)
+            return folder / "Flicker8k_Dataset", tokens, _read_token_file(tokens)
     if (table := folder / "captions.txt").is_file() and (folder / "Images").is_dir():
-        return folder / "Images", table, _read_table(table)
+        return folder / "Images", table, _read_csv(table)
     raise UserError(
         f"{folder}: found neither Flicker8k_Dataset/ with Flickr8k.token.txt nor Images/ with captions.txt"
     )
@@ -148,7 +148,7 @@ def _read_text(path: Path) -> str:
         raise UserError(f"{path}, row {row}: not UTF-8; save the file as UTF-8") from None
 
 
-def _read_tokens(path: Path) -> Iterator[Row]:
+def _read_token_file(path: Path) -> Iterator[Row]:
     """`name.jpg#0<TAB>caption`, the layout of Flickr8k's own archives."""
     for row, line in enumerate(_read_text(path).split("\n"), start=1):
         name, tab, caption = line.partition("\t")
@@ -158,7 +158,7 @@ def _read_tokens(path: Path) -> Iterator[Row]:
             raise UserError(f"{path}, row {row}: no tab between the picture and its caption")
 
 
-def _read_table(path: Path) -> Iterator[Row]:
+def _read_csv(path: Path) -> Iterator[Row]:
     """CSV with the columns `image` and `caption`. Read as text alone: "None" and "NA" are captions."""
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
@@ -179,7 +179,7 @@ def _read_table(path: Path) -> Iterator[Row]:
         raise UserError(f"{path}, row {max(1, reader.line_num)}: {error}") from None
 
 
-def _read_lists(folder: Path) -> dict[str, set[str]]:
+def _read_split_lists(folder: Path) -> dict[str, set[str]]:
     """The names in `Flickr_8k.{train,dev,test}Images.txt`; empty where there is none of the three."""
     files = {split: folder / f"Flickr_8k.{split}Images.txt" for split in SPLITS}
     if not any(file.exists() for file in files.values()):
@@ -195,7 +195,7 @@ def _read_lists(folder: Path) -> dict[str, set[str]]:
     return names
 
 
-def _draw_lists(names: list[str]) -> dict[str, set[str]]:
+def _hash_split(names: list[str]) -> dict[str, set[str]]:
     """Splits by picture, so that no test picture is trained on with another of its captions."""
     held = min(len(names) // 10, 1000)  # Flickr8k holds out as many
     print(
@@ -211,10 +211,10 @@ def _draw_lists(names: list[str]) -> dict[str, set[str]]:
     }
 
 
-def fetch_flickr8k(folder: Path, base_url: str) -> None:
+def download_flickr8k(folder: Path, base_url: str) -> None:
     """Downloads and unpacks both archives; `folder` appears at once, when everything in it is sound."""
     print(f"data: {folder} is absent; fetching Flickr8k (1.1 GB, for non-commercial research only)")
-    unpacked = _empty_beside(folder)
+    unpacked = _staging_dir(folder)
     for name in ARCHIVES:
         url, archive = f"{base_url.rstrip('/')}/{name}", unpacked / name
         try:
@@ -241,7 +241,7 @@ def fetch_flickr8k(folder: Path, base_url: str) -> None:
     unpacked.rename(folder)
 
 
-def _empty_beside(folder: Path) -> Path:
+def _staging_dir(folder: Path) -> Path:
     """An empty folder to fill and then rename, so that a half-filled one is never taken for whole."""
     beside = folder.with_name(folder.name + ".part")
     shutil.rmtree(beside, ignore_errors=True)
@@ -250,7 +250,7 @@ def _empty_beside(folder: Path) -> Path:
 
 
 SIZES = {"small": 10, "large": 20}  # radius in pixels of 128
-COLOURS = {
+COLORS = {
     "red": "#d62728",
     "green": "#2c8c3c",
     "blue": "#1f5ac8",
@@ -269,35 +269,35 @@ PLACES = {
     "centre": (64, 64),
 }  # of the middle, in pixels of 128
 PLACES |= {"bottom left": (26, 102), "bottom right": (102, 102)}
-WORDINGS = (  # of one shape, and what joins several
-    ("a {size} {colour} {shape} at the {place}", " and "),
-    ("{place}: {size} {colour} {shape}", "; "),
-    ("the {place} holds a {size} {shape} in {colour}", " and "),
-    ("one {colour} {shape}, {size}, in the {place}", ", with "),
+CAPTION_TEMPLATES = (  # of one shape, and what joins several
+    ("a {size} {color} {shape} at the {place}", " and "),
+    ("{place}: {size} {color} {shape}", "; "),
+    ("the {place} holds a {size} {shape} in {color}", " and "),
+    ("one {color} {shape}, {size}, in the {place}", ", with "),
     (
-        "there is a {colour} {shape} at the {place}",
+        "there is a {color} {shape} at the {place}",
         ", and ",
     ),  # as people ask, who seldom say the size
 )
 
 
-def draw_shapes(folder: Path, train: int = 5000, dev: int = 200, test: int = 200) -> None:
+def generate_shapes(folder: Path, train: int = 5000, dev: int = 200, test: int = 200) -> None:
     """Draws scenes of two or three coloured shapes into `folder`, in Kaggle's layout with split lists.
 
-    A scene is its set of (size, colour, shape, place); no two are equal. Each has five captions that name all of its
+    A scene is its set of (size, color, shape, place); no two are equal. Each has five captions that name all of its
     shapes in other words and another order.
     """
-    drawing = _empty_beside(folder)
+    drawing = _staging_dir(folder)
     (drawing / "Images").mkdir()
     rng = np.random.default_rng(0)
     scenes: dict[frozenset, list[dict[str, str]]] = {}
     while len(scenes) < train + dev + test:
-        scene = _invent_scene(rng)
+        scene = _sample_scene(rng)
         scenes[frozenset(tuple(thing.values()) for thing in scene)] = scene
     names, rows = [f"{i:05d}.png" for i in range(len(scenes))], [("image", "caption")]
     for name, scene in zip(progress(names, f"drawing {folder}"), scenes.values()):
-        _draw_scene(scene, rng).save(drawing / "Images" / name)
-        for words, joint in WORDINGS:
+        _render_scene(scene, rng).save(drawing / "Images" / name)
+        for words, joint in CAPTION_TEMPLATES:
             rows.append(
                 (name, joint.join(rng.permutation([words.format(**thing) for thing in scene])))
             )
@@ -310,8 +310,8 @@ def draw_shapes(folder: Path, train: int = 5000, dev: int = 200, test: int = 200
     drawing.rename(folder)
 
 
-def _invent_scene(rng: np.random.Generator) -> list[dict[str, str]]:
-    kinds = {"size": list(SIZES), "colour": list(COLOURS), "shape": list(SHAPES)}
+def _sample_scene(rng: np.random.Generator) -> list[dict[str, str]]:
+    kinds = {"size": list(SIZES), "color": list(COLORS), "shape": list(SHAPES)}
     places = rng.choice(list(PLACES), size=rng.integers(2, 4), replace=False)
     return [
         {kind: str(rng.choice(words)) for kind, words in kinds.items()} | {"place": str(at)}
@@ -319,25 +319,23 @@ def _invent_scene(rng: np.random.Generator) -> list[dict[str, str]]:
     ]
 
 
-def _draw_scene(scene: list[dict[str, str]], rng: np.random.Generator) -> Image.Image:
+def _render_scene(scene: list[dict[str, str]], rng: np.random.Generator) -> Image.Image:
     picture = Image.new("RGB", (128, 128), "#f5f5f0")
     for thing in scene:
         x, y = PLACES[thing["place"]] + rng.uniform(-4, 4, size=2)
         circle, (corners, turn) = (x, y, SIZES[thing["size"]]), SHAPES[thing["shape"]]
-        ImageDraw.Draw(picture).regular_polygon(
-            circle, corners, turn, fill=COLOURS[thing["colour"]]
-        )
+        ImageDraw.Draw(picture).regular_polygon(circle, corners, turn, fill=COLORS[thing["color"]])
     return picture
 
 
-def list_pictures(folder: Path) -> list[Path]:
+def list_images(folder: Path) -> list[Path]:
     """Every file under `folder` that is named like a picture, sorted."""
     suffixes = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
 
 
 @contextmanager
-def open_picture(path: Path) -> Iterator[Image.Image]:
+def open_image(path: Path) -> Iterator[Image.Image]:
     """Pillow's picture, of which only the header is read yet; what Pillow cannot read becomes a `UserError`."""
     try:
         if not path.is_file():  # a pipe would be waited for
@@ -348,9 +346,9 @@ def open_picture(path: Path) -> Iterator[Image.Image]:
         raise UserError(f"{path}: cannot be read as a picture: {error}") from None
 
 
-def read_picture(path: Path) -> np.ndarray:
-    """The picture as (H, W, 3) `uint8`: upright, alpha over white, 16 bits scaled to 8; raises as `open_picture`."""
-    with open_picture(path) as picture:
+def load_image(path: Path) -> np.ndarray:
+    """The picture as (H, W, 3) `uint8`: upright, alpha over white, 16 bits scaled to 8; raises as `open_image`."""
+    with open_image(path) as picture:
         orientation = picture.getexif().get(
             ExifTags.Base.Orientation
         )  # 1: upright; UPRIGHT undoes 2 to 8
@@ -389,27 +387,29 @@ class Transform:
         jitter = A.ColorJitter(
             brightness=(0.7, 1.3), contrast=(0.7, 1.3), saturation=(0.7, 1.3), hue=(0, 0), p=0.8
         )
-        self.augment = A.Compose([crop, jitter])
+        self.augmentation = A.Compose([crop, jitter])
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
-        return self.resize(image=_square(pixels, 0.5))["image"]
+        return self.resize(image=_square_crop(pixels, 0.5))["image"]
 
-    def draw(self, pixels: np.ndarray, caption: str, rng: np.random.Generator) -> np.ndarray:
+    def augment(self, pixels: np.ndarray, caption: str, rng: np.random.Generator) -> np.ndarray:
         # Compose draws from a generator of its own, of which every loader worker has a copy: seed it each time.
-        self.augment.set_random_seed(int(rng.integers(2**31)))
+        self.augmentation.set_random_seed(int(rng.integers(2**31)))
         if rng.random() < 0.5 and not re.search(r"\b(left|right)\b", caption, re.IGNORECASE):
             pixels = pixels[:, ::-1]
-        return self.augment(image=np.ascontiguousarray(_square(pixels, rng.random())))["image"]
+        return self.augmentation(image=np.ascontiguousarray(_square_crop(pixels, rng.random())))[
+            "image"
+        ]
 
 
-def _square(pixels: np.ndarray, place: float) -> np.ndarray:
+def _square_crop(pixels: np.ndarray, place: float) -> np.ndarray:
     """The largest square of (H, W, 3), at a place from 0 (top or left) to 1, so that all pictures shrink alike."""
     side = min(pixels.shape[:2])
     top, left = (int(place * (length - side)) for length in pixels.shape[:2])
     return pixels[top : top + side, left : left + side]
 
 
-class TrainingPictures(Dataset):
+class ImageCaptionDataset(Dataset):
     """An item per picture: its pixels (S, S, 3) `uint8`, and one of its captions, drawn anew each epoch.
 
     Every draw is a function of (seed, epoch, picture) alone: the same with any number of workers and after a resume.
@@ -424,30 +424,33 @@ class TrainingPictures(Dataset):
         rng = np.random.default_rng((self.seed, epoch, picture))
         captions = self.split.captions[picture]
         caption = captions[rng.integers(len(captions))]
-        pixels = read_picture(self.split.paths[picture])
-        return self.transform.draw(pixels, caption, rng) if self.augment else self.transform(
+        pixels = load_image(self.split.paths[picture])
+        return self.transform.augment(pixels, caption, rng) if self.augment else self.transform(
             pixels
         ), caption
 
 
-class EpochBatches(Sampler):
+class EpochBatchSampler(Sampler):
     """Of each batch one process's `rows`, as (epoch, picture), in an order drawn from seed and epoch; the last short
     batch is dropped. The epoch goes along since workers that are kept alive never see a changed attribute."""
 
-    def __init__(self, pictures: int, batch_size: int, seed: int, rows: slice) -> None:
-        self.pictures, self.batch_size, self.seed, self.rows, self.epoch = (
-            pictures,
+    def __init__(self, num_images: int, batch_size: int, seed: int, rows: slice) -> None:
+        self.num_images, self.batch_size, self.seed, self.rows, self.epoch = (
+            num_images,
             batch_size,
             seed,
             rows,
             0,
         )
 
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
     def __len__(self) -> int:
-        return self.pictures // self.batch_size
+        return self.num_images // self.batch_size
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.pictures)
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_images)
         for batch in order[: len(self) * self.batch_size].reshape(-1, self.batch_size).tolist():
             yield [(self.epoch, picture) for picture in batch[self.rows]]
 
@@ -468,7 +471,7 @@ def tokenize(tokenizer: Tokenizer, texts: list[str]) -> tuple[torch.Tensor, torc
 def collate(
     items: list[tuple[np.ndarray, str]], tokenizer: Tokenizer, group_size: int
 ) -> tuple[torch.Tensor, list]:
-    """Items of `TrainingPictures` to one batch: pixels, and token ids and mask of each group of captions.
+    """Items of `ImageCaptionDataset` to one batch: pixels, and token ids and mask of each group of captions.
 
     The pairs come by the length of their captions, and a group is padded to its own longest: of a batch padded as a
     whole half would be padding. The loss does not depend on the order of pairs.
@@ -480,7 +483,7 @@ def collate(
     ]
 
 
-def loader(
+def build_loader(
     dataset: Dataset, workers: int, device: torch.device, collate_fn: Callable, **options: Any
 ) -> DataLoader:
     """A `DataLoader` that leaves torch's own generator alone, which dropout draws from; for -1 see `NUM_WORKERS`."""
@@ -500,7 +503,7 @@ def loader(
     return DataLoader(dataset, num_workers=workers, collate_fn=collate_fn, **options)
 
 
-def training_loader(
+def build_train_loader(
     split: Split,
     tokenizer: Tokenizer,
     config: Config,
@@ -510,12 +513,12 @@ def training_loader(
     """Batches for one epoch after another, or of each batch the `rows`; set `batch_sampler.epoch` before each."""
     own = len(range(config.batch_size)[rows])  # pairs of a batch
     group_size = min(
-        math.ceil(own / TEXT_GROUPS) if device.type == "cpu" else own, config.chunk_size or own
+        math.ceil(own / TEXT_BUCKETS) if device.type == "cpu" else own, config.chunk_size or own
     )
     make_batch = partial(collate, tokenizer=tokenizer, group_size=group_size)
-    batches = EpochBatches(len(split.paths), config.batch_size, config.seed, rows)
-    return loader(
-        TrainingPictures(split, config),
+    batches = EpochBatchSampler(len(split.paths), config.batch_size, config.seed, rows)
+    return build_loader(
+        ImageCaptionDataset(split, config),
         config.num_workers,
         device,
         make_batch,
@@ -523,7 +526,7 @@ def training_loader(
     )
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+def atomic_write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Replaces `path` at once: at no instant is it missing or half-written, even if the process is killed."""
     beside = path.with_name(
         f"{path.name}.{os.getpid()}.tmp"
@@ -536,7 +539,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         beside.replace(path)
     except (OSError, RuntimeError) as error:
         cause = error.__context__ or error  # torch wraps what it meets
-        if isinstance(cause, KeyboardInterrupt) or READER in str(
+        if isinstance(cause, KeyboardInterrupt) or WORKER in str(
             cause
         ):  # neither is about the file
             raise cause from None

@@ -26,22 +26,22 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from config import Config, SearchConfig, UserError, one_line_errors, parse, progress
+from config import Config, SearchConfig, UserError, cli_errors, parse, progress
 from data import (
     Split,
     Transform,
-    list_pictures,
-    loader,
-    read_picture,
+    atomic_write,
+    build_loader,
+    list_images,
+    load_image,
     read_splits,
     stack,
     tokenize,
-    write_whole,
 )
-from models import SEARCH_SCALE, Tower, load_tower, pick_device, read_weights, search_size
+from models import EVAL_SCALE, Tower, eval_image_size, load_checkpoint, load_tower, pick_device
 
 RECALLS_AT = (1, 5, 10)
-SCORES_AT_ONCE = 2**24  # of a block of the ranking: 64 MB
+SCORES_PER_BLOCK = 2**24  # of a block of the ranking: 64 MB
 METRICS = [
     f"{way}_{name}" for way in ("t2i", "i2t") for name in (*(f"r{k}" for k in RECALLS_AT), "medr")
 ]
@@ -50,7 +50,7 @@ METRICS = [
 # ---------------------------------------------------------------- embedding
 
 
-class _Readable(Dataset):
+class ImageDataset(Dataset):
     """Pictures ready for the encoder, (S, S, 3) `uint8`; for one that cannot be read, the error."""
 
     def __init__(self, paths: list[Path], size: int) -> None:
@@ -61,20 +61,20 @@ class _Readable(Dataset):
 
     def __getitem__(self, i: int) -> np.ndarray | UserError:
         try:
-            return self.transform(read_picture(self.paths[i]))
+            return self.transform(load_image(self.paths[i]))
         except UserError as error:
             return error
 
 
 @torch.inference_mode()
-def embed_pictures(
+def encode_images(
     image: Tower, paths: list[Path], config: Config, device: torch.device
 ) -> tuple[Tensor, dict[int, UserError]]:
     """Unit vectors (R, D) of the R readable ones of `paths`, in order, and what is wrong with each of the others."""
     # On the CPU the encoder needs every core, and forking off it now would have each of its gigabytes' pages copied.
     workers = 0 if device.type == "cpu" and config.num_workers < 0 else config.num_workers
-    batches = loader(
-        _Readable(paths, search_size(image, config)),
+    batches = build_loader(
+        ImageDataset(paths, eval_image_size(image, config)),
         workers,
         device,
         collate_fn=list,
@@ -94,7 +94,7 @@ def embed_pictures(
 
 
 @torch.inference_mode()
-def embed_texts(
+def encode_texts(
     encode_text: Callable[[Tensor, Tensor], Tensor],
     tokenizer: Tokenizer,
     texts: list[str],
@@ -114,7 +114,7 @@ def embed_texts(
 # ---------------------------------------------------------------- ranking
 
 
-def cosines(left: Tensor, right: Tensor) -> Tensor:
+def cosine_similarity(left: Tensor, right: Tensor) -> Tensor:
     """Of unit vectors on the CPU, (L, D) @ (D, R), by NumPy, whose BLAS is faster than torch's (README, Speed)."""
     return torch.from_numpy(left.numpy() @ right.numpy().T)
 
@@ -122,13 +122,13 @@ def cosines(left: Tensor, right: Tensor) -> Tensor:
 def top_matches(
     query_embeddings: Tensor, image_embeddings: Tensor, n: int
 ) -> tuple[Tensor, Tensor]:
-    """The n best pictures of each query: cosines and positions, both (Q, min(n, N)), best first.
+    """The n best pictures of each query: cosine_similarity and positions, both (Q, min(n, N)), best first.
 
     Exact; a block of the pictures at a time, so that memory does not grow with their number.
     """
     queries, images = query_embeddings.numpy(), image_embeddings.numpy()
     best = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
-    block = 64 * math.ceil(SCORES_AT_ONCE / 64 / len(queries))
+    block = 64 * math.ceil(SCORES_PER_BLOCK / 64 / len(queries))
     for start in range(0, len(images), block):
         scores = queries @ images[start : start + block].T  # (Q, D) @ (D, b)
         columns = np.broadcast_to(np.arange(scores.shape[1]), scores.shape)
@@ -136,18 +136,18 @@ def top_matches(
             groups := scores.shape[1] // 64
         ) > n:  # the best are in the n groups of 64 with the largest maxima
             maxima = scores[:, : 64 * groups].reshape(-1, 64, groups).max(axis=1)  # (Q, groups)
-            members = _largest(maxima, columns, n)[1][:, :, None] + groups * np.arange(
+            members = _topk(maxima, columns, n)[1][:, :, None] + groups * np.arange(
                 64
             )  # (Q, n, 64)
             columns = np.hstack([members.reshape(len(queries), -1), columns[:, 64 * groups :]])
             scores = np.take_along_axis(scores, columns, axis=1)
-        found = _largest(scores, start + columns, n)
-        best = _largest(*(np.hstack(parts) for parts in zip(best, found)), n)
+        found = _topk(scores, start + columns, n)
+        best = _topk(*(np.hstack(parts) for parts in zip(best, found)), n)
     order = np.argsort(-best[0], axis=1)
     return tuple(torch.from_numpy(np.take_along_axis(part, order, axis=1)) for part in best)
 
 
-def _largest(scores: np.ndarray, positions: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+def _topk(scores: np.ndarray, positions: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
     """The n largest of each row (Q, b), in no order, and what `positions` has at their places."""
     n = min(n, scores.shape[1])
     places = np.argpartition(scores, -n, axis=1)[:, -n:]
@@ -155,7 +155,7 @@ def _largest(scores: np.ndarray, positions: np.ndarray, n: int) -> tuple[np.ndar
 
 
 def retrieval_metrics(
-    image_embeddings: Tensor, text_embeddings: Tensor, picture_of_text: Tensor, block: int = 256
+    image_embeddings: Tensor, text_embeddings: Tensor, image_of_text: Tensor, block: int = 256
 ) -> dict[str, float]:
     """Recalls at 1, 5 and 10 in percent, and median ranks, text to image (t2i) and image to text (i2t).
 
@@ -163,21 +163,25 @@ def retrieval_metrics(
     picture all texts, where the first of its own texts counts. Whatever scores the same ranks before the right answer,
     so that a model that tells nothing apart scores 0.
 
-    `image_embeddings` (N, D), `text_embeddings` (M, D), `picture_of_text` (M,): which of the N each text belongs to.
+    `image_embeddings` (N, D), `text_embeddings` (M, D), `image_of_text` (M,): which of the N each text belongs to.
     """
     text_to_image, image_to_text = (
         torch.empty(len(text_embeddings)),
         torch.empty(len(image_embeddings)),
     )  # ranks
     for start in range(0, len(text_embeddings), block):
-        scores = cosines(text_embeddings[start : start + block], image_embeddings)  # (b, N)
-        right = scores.gather(1, picture_of_text[start : start + block, None])  # (b, 1)
+        scores = cosine_similarity(
+            text_embeddings[start : start + block], image_embeddings
+        )  # (b, N)
+        right = scores.gather(1, image_of_text[start : start + block, None])  # (b, 1)
         text_to_image[start : start + block] = (~(scores < right)).sum(
             dim=1
         )  # itself, and what is not worse
     for start in range(0, len(image_embeddings), block):
-        scores = cosines(image_embeddings[start : start + block], text_embeddings)  # (b, M)
-        own = picture_of_text == torch.arange(start, start + len(scores))[:, None]  # (b, M)
+        scores = cosine_similarity(
+            image_embeddings[start : start + block], text_embeddings
+        )  # (b, M)
+        own = image_of_text == torch.arange(start, start + len(scores))[:, None]  # (b, M)
         best = scores.masked_fill(~own, -math.inf).amax(dim=1, keepdim=True)  # (b, 1)
         image_to_text[start : start + block] = 1 + (~(scores < best) & ~own).sum(dim=1)
     metrics = []
@@ -200,15 +204,15 @@ def evaluate(
     device: torch.device,
 ) -> dict[str, float]:
     """`retrieval_metrics` of a split: each picture once, and all its captions."""
-    images, broken = embed_pictures(image, split.paths, config, device)
+    images, broken = encode_images(image, split.paths, config, device)
     if broken:
         raise next(iter(broken.values()))
-    texts = embed_texts(text, tokenizer, split.texts, device)
-    picture_of_text = [picture for picture, captions in enumerate(split.captions) for _ in captions]
-    return retrieval_metrics(images, texts, torch.tensor(picture_of_text))
+    texts = encode_texts(text, tokenizer, split.texts, device)
+    image_of_text = [picture for picture, captions in enumerate(split.captions) for _ in captions]
+    return retrieval_metrics(images, texts, torch.tensor(image_of_text))
 
 
-def describe(metrics: dict[str, float]) -> str:
+def format_metrics(metrics: dict[str, float]) -> str:
     """The metrics in one line."""
     ways = []
     for way, name in (("t2i", "text to image"), ("i2t", "image to text")):
@@ -233,7 +237,7 @@ class Searcher:
     def __init__(self, weights: str | Path, device: str = "auto", num_workers: int = -1) -> None:
         """Raises `UserError` where `weights` is not a file of ours."""
         self.weights_path = Path(weights)
-        self.weights = read_weights(weights)
+        self.weights = load_checkpoint(weights)
         self.config = replace(self.weights["config"], num_workers=num_workers)
         self.tokenizer, self.device = self.weights["tokenizer"], pick_device(device)
 
@@ -248,12 +252,12 @@ class Searcher:
     def search(self, queries: list[str], images: str = "", n: int = 8) -> list[list[Match]]:
         """For each query its n best matches, best first, among the pictures in and below the folder `images`; without
         one, among the test pictures of the training's data set."""
-        paths, image_embeddings = self.embed(images)
-        query_embeddings = embed_texts(self.text_tower, self.tokenizer, queries, self.device)
+        paths, image_embeddings = self.index_images(images)
+        query_embeddings = encode_texts(self.text_tower, self.tokenizer, queries, self.device)
         scores, positions = top_matches(query_embeddings, image_embeddings, n)
         if not scores.isfinite().all():
             raise UserError(
-                f"{self.weights_path}: the weights are damaged, cosines are not numbers"
+                f"{self.weights_path}: the weights are damaged, cosine_similarity are not numbers"
             )
         return [
             [
@@ -266,13 +270,14 @@ class Searcher:
     def classify(self, image: str | Path, texts: list[str], n: int = 8) -> list[Match]:
         """The n most probable of `texts` for a picture: zero-shot classification, section 3.1 of the paper."""
         pixels = stack(
-            [Transform(search_size(self.image_tower, self.config))(read_picture(Path(image)))]
+            [Transform(eval_image_size(self.image_tower, self.config))(load_image(Path(image)))]
         )
         with torch.inference_mode():
             embedding = self.image_tower(pixels.to(self.device)).cpu()
-        text_embeddings = embed_texts(self.text_tower, self.tokenizer, texts, self.device)
+        text_embeddings = encode_texts(self.text_tower, self.tokenizer, texts, self.device)
         logits = (
-            self.weights["model"]["logit_scale"].exp() * cosines(embedding, text_embeddings)[0]
+            self.weights["model"]["logit_scale"].exp()
+            * cosine_similarity(embedding, text_embeddings)[0]
         )  # (Q,)
         scores, positions = (
             found.tolist() for found in logits.softmax(dim=0).topk(min(n, len(texts)))
@@ -282,25 +287,25 @@ class Searcher:
             for i, (score, at) in enumerate(zip(scores, positions))
         ]
 
-    def embed(self, images: str = "") -> tuple[list[Path], Tensor]:
+    def index_images(self, images: str = "") -> tuple[list[Path], Tensor]:
         """The readable pictures and their embeddings (N, D), from the index beside the weights as far as it has them.
 
         What can be reused is decided picture by picture, by path, size and time of change.
         """
-        paths = list_pictures(Path(images)) if images else self.test_split().paths
+        paths = list_images(Path(images)) if images else self.test_split().paths
         if not paths:
             raise UserError(f"--images {images}: not a folder that holds pictures")
-        states = [_state(path) for path in paths]
+        states = [_file_signature(path) for path in paths]
         name = os.path.abspath(images or self.config.data_dir) + ("" if images else " test split")
         folder = self.weights_path.with_suffix(".index")
-        maker = f"{self.weights['fingerprint']} at {SEARCH_SCALE:.3f}"  # of pictures at another scale nothing is kept
-        index = _Index(folder, name, maker, self.config.projection_dim)
+        maker = f"{self.weights['fingerprint']} at {EVAL_SCALE:.3f}"  # of pictures at another scale nothing is kept
+        index = EmbeddingIndex(folder, name, maker, self.config.projection_dim)
         known, embeddings = index.read()
         if states == known:
             return paths, torch.from_numpy(embeddings)
         rows = {state: row for row, state in enumerate(known)}
         if new := [i for i, state in enumerate(states) if state not in rows]:
-            fresh, broken = embed_pictures(
+            fresh, broken = encode_images(
                 self.image_tower, [paths[i] for i in new], self.config, self.device
             )
             if broken:
@@ -326,7 +331,7 @@ class Searcher:
         )
 
 
-def _state(path: Path) -> tuple[str, int, int]:
+def _file_signature(path: Path) -> tuple[str, int, int]:
     """What tells a picture from its former self: its path, size in bytes and time of change in nanoseconds."""
     try:
         stat = path.stat()
@@ -335,7 +340,7 @@ def _state(path: Path) -> tuple[str, int, int]:
     return os.path.abspath(path), stat.st_size, stat.st_mtime_ns
 
 
-class _Index:
+class EmbeddingIndex:
     """The embeddings of one folder's pictures, kept beside the weights that made them.
 
     `NAME.json` lists the pictures; the array, a plain .npy (N, D) `float32` that is mapped into memory, bears in its
@@ -343,11 +348,16 @@ class _Index:
     """
 
     def __init__(self, folder: Path, name: str, weights: str, width: int) -> None:
-        self.folder, self.name, self.weights, self.width = folder, _digest(name), weights, width
+        self.folder, self.name, self.weights, self.feature_dim = (
+            folder,
+            _digest(name),
+            weights,
+            width,
+        )
 
     def read(self) -> tuple[list[tuple], np.ndarray]:
         """Nothing where there is no index, or where it is not whole or of other weights."""
-        nothing = [], np.empty((0, self.width), np.float32)
+        nothing = [], np.empty((0, self.feature_dim), np.float32)
         listing = self.folder / f"{self.name}.json"
         if not listing.is_file():
             return nothing
@@ -360,8 +370,14 @@ class _Index:
             embeddings = np.load(
                 self.folder / f"{self.name}-{_digest(text)}.npy", mmap_mode="c", allow_pickle=False
             )
-            fits = embeddings.shape == (len(states), self.width) and embeddings.dtype == np.float32
-            if not fits or not np.isfinite(embeddings @ np.ones(self.width, np.float32)).all():
+            fits = (
+                embeddings.shape == (len(states), self.feature_dim)
+                and embeddings.dtype == np.float32
+            )
+            if (
+                not fits
+                or not np.isfinite(embeddings @ np.ones(self.feature_dim, np.float32)).all()
+            ):
                 raise ValueError("its array does not fit its list")
         except Exception as error:  # whatever a torn or tampered file brings about
             print(f"{listing}: damaged, so it is made anew ({error})")
@@ -373,8 +389,8 @@ class _Index:
         array = self.folder / f"{self.name}-{_digest(text)}.npy"
         try:
             self.folder.mkdir(exist_ok=True)
-            write_whole(array, lambda file: np.save(file, embeddings))
-            write_whole(self.folder / f"{self.name}.json", lambda file: file.write(text.encode()))
+            atomic_write(array, lambda file: np.save(file, embeddings))
+            atomic_write(self.folder / f"{self.name}.json", lambda file: file.write(text.encode()))
         except (OSError, UserError) as error:
             print(f"the index is not kept: {error}")
             return
@@ -406,14 +422,16 @@ def show(matches: list[list[Match]], output: Path, of_picture: bool = False) -> 
         import pandas as pd  # here, as a search that draws does without it
 
         table = pd.DataFrame([match for found in matches for match in found])
-        write_whole(output, lambda file: table.to_csv(file, index=False, errors="backslashreplace"))
+        atomic_write(
+            output, lambda file: table.to_csv(file, index=False, errors="backslashreplace")
+        )
     else:
-        figure = draw_texts(matches[0]) if of_picture else draw_matches(matches)
-        write_whole(output, lambda file: figure.savefig(file, format=output.suffix[1:].lower()))
+        figure = plot_probabilities(matches[0]) if of_picture else plot_matches(matches)
+        atomic_write(output, lambda file: figure.savefig(file, format=output.suffix[1:].lower()))
     print(f"\nsaved {output}")
 
 
-def draw_matches(matches: list[list[Match]]) -> Figure:
+def plot_matches(matches: list[list[Match]]) -> Figure:
     """A grid: each query, and below it its matches with rank, cosine and file name."""
     n = max(len(found) for found in matches)
     columns = min(
@@ -439,7 +457,7 @@ def draw_matches(matches: list[list[Match]]) -> Figure:
     return figure
 
 
-def draw_texts(found: list[Match]) -> Figure:
+def plot_probabilities(found: list[Match]) -> Figure:
     """A picture, and beside it the probabilities of the texts as bars."""
     figure = Figure(figsize=(11, max(3.0, 0.5 * len(found) + 1)), dpi=110, layout="constrained")
     picture, bars = figure.subplots(1, 2, width_ratios=(1, 1.2))
@@ -457,7 +475,7 @@ def draw_texts(found: list[Match]) -> Figure:
     return figure
 
 
-def asked(config: SearchConfig) -> list[str]:
+def read_queries(config: SearchConfig) -> list[str]:
     """The queries of the command line, or with "-" those on standard input, a line each."""
     if config.query != ["-"]:
         return config.query
@@ -472,27 +490,29 @@ def wrapped(text: str, width: int) -> str:
 
 
 def thumbnail(path: Path) -> Image.Image:
-    picture = Image.fromarray(read_picture(path))
+    picture = Image.fromarray(load_image(path))
     picture.thumbnail((300, 300))
     return picture
 
 
-@one_line_errors
+@cli_errors
 def main(argv: list[str] | None = None) -> None:
     config = parse(SearchConfig, argv)
     searcher = Searcher(config.weights, config.device, config.num_workers)
     if config.evaluate:
         split, towers = searcher.test_split(), (searcher.image_tower, searcher.text_tower)
         print(
-            describe(evaluate(*towers, searcher.tokenizer, split, searcher.config, searcher.device))
+            format_metrics(
+                evaluate(*towers, searcher.tokenizer, split, searcher.config, searcher.device)
+            )
         )
     elif config.image:
-        texts = asked(config) or searcher.test_split().texts
+        texts = read_queries(config) or searcher.test_split().texts
         show(
             [searcher.classify(config.image, texts, config.n)], Path(config.output), of_picture=True
         )
     else:
-        queries = asked(config) or [searcher.weights["example_query"]]
+        queries = read_queries(config) or [searcher.weights["example_query"]]
         show(searcher.search(queries, config.images, config.n), Path(config.output))
 
 

@@ -1,7 +1,7 @@
 """CLIP: two encoders, a projection head on each, the contrastive loss, and the file that holds the weights.
 
-from models import load_clip, read_weights
-model = load_clip(read_weights("runs/demo/best.pt"))
+from models import load_clip, load_checkpoint
+model = load_clip(load_checkpoint("runs/demo/best.pt"))
 model.encode_image(pixels)  # (B, 3, S, S) uint8 to (B, D), each of unit length
 """
 
@@ -30,9 +30,9 @@ from torch.utils.checkpoint import checkpoint
 from config import Config, UserError
 
 MAX_LOGIT_SCALE = 100.0  # section 2.4: "clipped to prevent scaling the logits by more than 100"
-SEARCH_SCALE = 9 / 7  # side of embedded pictures over that of training's (README, Results)
-FORMAT = "clip weights 1"
-TokenGroups = list[
+EVAL_SCALE = 9 / 7  # side of embedded pictures over that of training's (README, Results)
+CHECKPOINT_FORMAT = "clip weights 1"
+TokenBatches = list[
     tuple[Tensor, Tensor]
 ]  # captions some at a time: token ids and mask, both (b, T)
 IMAGE_ENCODER_ARGS = {
@@ -71,7 +71,9 @@ class ImageEncoder(nn.Module):
             )  # of pixels from 0 to 255
             self.register_buffer(statistic, values.view(1, 3, 1, 1))
         with torch.no_grad():  # timm's num_features is not always the width of what comes out
-            self.width = self.eval()(torch.zeros(1, 3, size, size, dtype=torch.uint8)).shape[-1]
+            self.feature_dim = self.eval()(torch.zeros(1, 3, size, size, dtype=torch.uint8)).shape[
+                -1
+            ]
         self.train()
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -85,7 +87,7 @@ class TextEncoder(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.width = model.config.hidden_size
+        self.feature_dim = model.config.hidden_size
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state  # (B, T, width)
@@ -114,20 +116,20 @@ class Tower(nn.Module):
     def __init__(self, encoder: ImageEncoder | TextEncoder, config: Config) -> None:
         super().__init__()
         self.encoder = encoder
-        self.head = ProjectionHead(encoder.width, config.projection_dim, config.dropout)
+        self.head = ProjectionHead(encoder.feature_dim, config.projection_dim, config.dropout)
 
     def forward(self, *inputs: Tensor) -> Tensor:
         return F.normalize(self.head(self.encoder(*inputs)).float(), dim=-1)
 
 
-def search_size(image: Tower, config: Config) -> int:
+def eval_image_size(image: Tower, config: Config) -> int:
     """Side in pixels of pictures to embed: larger, as training crops enlarge what they show (arXiv 1906.06423), and a
     multiple of 32, as most encoders halve it five times."""
     fixed = "img_size" in image.encoder.model._model_args  # made for one size, such as a ViT
     return (
         config.image_size
         if fixed or not config.augment
-        else 32 * round(config.image_size * SEARCH_SCALE / 32)
+        else 32 * round(config.image_size * EVAL_SCALE / 32)
     )
 
 
@@ -148,14 +150,14 @@ class CLIP(nn.Module):
         return self.text(ids, mask)
 
     def forward(
-        self, pixels: Tensor, texts: TokenGroups, chunk_size: int = 0
+        self, pixels: Tensor, texts: TokenBatches, chunk_size: int = 0
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Both embeddings (B, D) and the scale of the logits, 1 / temperature.
 
         With `chunk_size` the activations of at most so many pictures, or of a group of texts, are in memory at a time:
         they are computed a second time in the backward pass, which needs them (the effect of arXiv 2101.06983).
         """
-        encode = encode_twice if chunk_size else lambda tower, *inputs: tower(*inputs)
+        encode = checkpointed_encode if chunk_size else lambda tower, *inputs: tower(*inputs)
         # Texts first: transformers waits for the device to see whether a group has padding at all.
         text_embeddings = torch.cat([encode(self.text, *group) for group in texts])
         chunks = pixels.tensor_split(
@@ -165,22 +167,22 @@ class CLIP(nn.Module):
         return image_embeddings, text_embeddings, self.logit_scale.exp()
 
     @torch.no_grad()
-    def clamp_temperature(self) -> None:
+    def clamp_logit_scale(self) -> None:
         self.logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
 
 
-def encode_twice(tower: Tower, *inputs: Tensor) -> Tensor:
+def checkpointed_encode(tower: Tower, *inputs: Tensor) -> Tensor:
     """The tower's embeddings, without its activations: the backward pass computes those anew, with the same dropout."""
     return checkpoint(
         tower,
         *inputs,
         use_reentrant=False,
-        context_fn=lambda: (nullcontext(), keep_statistics(tower)),
+        context_fn=lambda: (nullcontext(), frozen_bn_stats(tower)),
     )
 
 
 @contextmanager
-def keep_statistics(tower: Tower) -> Iterator[None]:
+def frozen_bn_stats(tower: Tower) -> Iterator[None]:
     """Batch norm in training mode does not count the same batch in its running statistics a second time."""
     norms = [
         module for module in tower.modules() if isinstance(module, _BatchNorm) and module.training
@@ -277,7 +279,7 @@ def text_encoder_from_scratch(config: Config, captions: list[str]) -> tuple[Text
             )
         kind = max(kinds, key=len)
         _check_text_config(name, CONFIG_MAPPING[kind]())
-        tokenizer = word_pieces_of(captions, config.max_length)
+        tokenizer = build_wordpiece_tokenizer(captions, config.max_length)
         model_config = AutoConfig.for_model(
             kind, vocab_size=tokenizer.get_vocab_size(), pad_token_id=0
         )
@@ -293,7 +295,7 @@ def text_encoder_from_scratch(config: Config, captions: list[str]) -> tuple[Text
     return TextEncoder(AutoModel.from_config(model_config)), tokenizer
 
 
-def word_pieces_of(texts: list[str], max_length: int) -> Tokenizer:
+def build_wordpiece_tokenizer(texts: list[str], max_length: int) -> Tokenizer:
     """BERT's kind of tokeniser for `texts`: their 30,000 most frequent words, and single letters for all others. Not
     the library's trainer, which gives another vocabulary each time."""
     normalizer, splitter = (
@@ -370,7 +372,7 @@ def _unavailable(flag: str, name: str, folder: str, error: Exception) -> UserErr
 # ---------------------------------------------------------------- weights
 
 
-def pack_weights(
+def make_checkpoint(
     model: CLIP, tokenizer: Tokenizer, config: Config, example_query: str
 ) -> dict[str, Any]:
     """All that search needs, as tensors and plain values; of paths only that of the data, relative to where we are."""
@@ -387,7 +389,7 @@ def pack_weights(
         resume="",
     )
     return {
-        "format": FORMAT,
+        "format": CHECKPOINT_FORMAT,
         "config": asdict(portable),
         "image_encoder": {"name": architecture, "arguments": image_model._model_args},
         "text_encoder": text_config,
@@ -397,7 +399,7 @@ def pack_weights(
     }
 
 
-def read_weights(path: str | Path) -> dict[str, Any]:
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """The content of a weights file; its "config" a `Config`, its "tokenizer" a `Tokenizer`, and its "fingerprint".
 
     The file may come from anywhere: nothing in it is run. Raises `UserError` for one that is not ours.
@@ -410,7 +412,7 @@ def read_weights(path: str | Path) -> dict[str, Any]:
         ) as archive:  # torch's format; it keeps a checksum of every tensor
             checksums = repr([(member.filename, member.CRC) for member in archive.infolist()])
         weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if weights.get("format") != FORMAT:
+        if weights.get("format") != CHECKPOINT_FORMAT:
             raise ValueError("it does not say that it is one")
         if lacking := {"image_encoder", "text_encoder", "example_query", "model"} - weights.keys():
             raise ValueError(f"it lacks {', '.join(lacking)}")
@@ -531,11 +533,11 @@ def pick_device(name: str) -> torch.device:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32
     elif device.type == "cpu":
-        keep_freed_memory()
+        disable_malloc_trim()
     return device
 
 
-def keep_freed_memory() -> None:
+def disable_malloc_trim() -> None:
     """Has glibc keep what a step freed for the next: zeroing fresh pages took half the time of a step on the CPU."""
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-import torch.distributed as dist
+import torch.distributed
 from matplotlib.figure import Figure
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -33,40 +33,40 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
-from config import DEMO, Config, UserError, one_line_errors, parse, progress
+from config import DEMO_DEFAULTS, Config, UserError, cli_errors, parse, progress
 from data import (
     Split,
-    draw_shapes,
-    fetch_flickr8k,
-    open_picture,
+    atomic_write,
+    build_train_loader,
+    download_flickr8k,
+    generate_shapes,
+    open_image,
     read_splits,
-    training_loader,
-    write_whole,
 )
-from inference import METRICS, RECALLS_AT, describe, evaluate
+from inference import METRICS, RECALLS_AT, evaluate, format_metrics
 from models import (
     CLIP,
-    TokenGroups,
+    TokenBatches,
     Tower,
     build_image_encoder,
     contrastive_loss,
+    load_checkpoint,
     load_clip,
     load_text_encoder,
-    pack_weights,
+    make_checkpoint,
     pick_device,
-    read_weights,
     text_encoder_from_scratch,
 )
 
 MAY_CHANGE_ON_RESUME = {"chunk_size", "data_dir", "download_url", "device", "num_workers", "resume"}
-STEPS_BETWEEN_FIGURES = 10
+LOG_EVERY = 10
 RECALLS = [name for name in METRICS if not name.endswith("medr")]
 
 
-@one_line_errors
+@cli_errors
 def main(argv: list[str] | None = None) -> None:
     config = parse(Config, argv)
-    checkpoint = read_weights(config.resume) if config.resume else None
+    checkpoint = load_checkpoint(config.resume) if config.resume else None
     if checkpoint:
         config = resumed_config(argv, checkpoint, config.resume)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -97,16 +97,16 @@ def resumed_config(argv: list[str] | None, checkpoint: dict[str, Any], path: str
 
 
 @dataclass(frozen=True)
-class Process:
+class Distributed:
     """The process that trains: its device, its precision, and which it is of how many (torchrun's rank and world)."""
 
     device: torch.device
     precision: torch.dtype  # of the encoders in training
     rank: int  # the first, 0, speaks for all, validates and writes
-    count: int
+    world_size: int
 
     @classmethod
-    def join(cls, config: Config) -> "Process":
+    def init(cls, config: Config) -> "Distributed":
         """Joins those that torchrun started. A plain `python trainer.py` is 0 of 1: no process group is made."""
         device, precision = pick_device(config.device), torch.float32
         if config.precision != "auto":
@@ -117,29 +117,31 @@ class Process:
                 if torch.cuda.is_bf16_supported(including_emulation=False)
                 else torch.float16
             )
-        if not dist.is_torchelastic_launched():
-            return cls(device, precision, rank=0, count=1)
+        if not torch.distributed.is_torchelastic_launched():
+            return cls(device, precision, rank=0, world_size=1)
         # Hours, as the others wait while the first fetches data or validates; of a death torchrun tells the others.
         backend, own = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-        dist.init_process_group(backend, timeout=timedelta(hours=6), device_id=own)
-        if dist.get_rank() > 0:
+        torch.distributed.init_process_group(backend, timeout=timedelta(hours=6), device_id=own)
+        if torch.distributed.get_rank() > 0:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (the first speaks for all)
             for stop in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(stop, signal.SIG_DFL)
-        return cls(device, precision, dist.get_rank(), dist.get_world_size())
+        return cls(
+            device, precision, torch.distributed.get_rank(), torch.distributed.get_world_size()
+        )
 
-    def rows(self, batch_size: int) -> slice:
+    def local_slice(self, batch_size: int) -> slice:
         """Which pairs of each batch are its own."""
-        if batch_size % self.count:
+        if batch_size % self.world_size:
             raise UserError(
-                f"--batch-size {batch_size}: cannot be shared evenly among {self.count} processes"
+                f"--batch-size {batch_size}: cannot be shared evenly among {self.world_size} processes"
             )
-        share = batch_size // self.count
+        share = batch_size // self.world_size
         return slice(self.rank * share, (self.rank + 1) * share)
 
-    def replicate(self, model: nn.Module) -> nn.Module:
+    def wrap_ddp(self, model: nn.Module) -> nn.Module:
         """The model as each process trains it: with the same weights, and the mean of all gradients."""
-        if self.count == 1:
+        if self.world_size == 1:
             return model
         if (
             self.device.type == "cuda"
@@ -149,33 +151,37 @@ class Process:
             convert_sync_batchnorm(model)
         return DistributedDataParallel(model, forward_sync_buffers=False, static_graph=True)
 
-    def gather(self, rows: torch.Tensor) -> torch.Tensor:
+    def all_gather(self, rows: torch.Tensor) -> torch.Tensor:
         """From its own rows (R, D) to those of all (B, D); gradients flow back to the process that a row came from."""
-        return rows if self.count == 1 else all_gather_single_autograd(rows, 0, dist.group.WORLD)
+        return (
+            rows
+            if self.world_size == 1
+            else all_gather_single_autograd(rows, 0, torch.distributed.group.WORLD)
+        )
 
-    def mean(self, values: torch.Tensor) -> torch.Tensor:
+    def all_reduce_mean(self, values: torch.Tensor) -> torch.Tensor:
         """The mean of all processes' `values`."""
-        if self.count > 1:
-            dist.all_reduce(values)
-        return values / self.count
+        if self.world_size > 1:
+            torch.distributed.all_reduce(values)
+        return values / self.world_size
 
-    def in_turn(self, work: Callable[[], None]) -> None:
+    def main_process_first(self, work: Callable[[], None]) -> None:
         """Has the first process `work`, then the first of each machine, where machines share no files."""
         for leads in (self.rank == 0, os.environ.get("LOCAL_RANK", "0") == "0"):
             if leads:
                 work()
-            self.wait()
+            self.barrier()
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until all processes are here."""
-        if self.count > 1:
-            dist.barrier()
+        if self.world_size > 1:
+            torch.distributed.barrier()
 
-    def leave(self) -> None:
+    def close(self) -> None:
         """Ends the group, when all are done."""
-        self.wait()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        self.barrier()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 @dataclass
@@ -183,56 +189,56 @@ class Run:
     """A training run: all that `last.pt` keeps, and what it works on."""
 
     config: Config
-    folder: Path
-    process: Process
+    run_dir: Path
+    dist: Distributed
     model: CLIP
-    replica: nn.Module  # the model; of several processes, what keeps it the same in all
+    ddp_model: nn.Module  # the model; of several processes, what keeps it the same in all
     tokenizer: Tokenizer
     splits: dict[str, Split]
     loader: DataLoader
     optimizer: torch.optim.Optimizer
-    schedule: LambdaLR
+    scheduler: LambdaLR
     scaler: torch.amp.GradScaler
     history: list[dict[str, float]]  # the rows of metrics.csv
-    events: Any = None  # TensorBoard's writer, where that is installed
+    writer: Any = None  # TensorBoard's writer, where that is installed
 
 
 def train(config: Config, checkpoint: dict[str, Any] | None) -> None:
     """Trains from the start, or on from a checkpoint, and scores the best weights on the test split."""
-    run = prepare(config, checkpoint)
-    announce(run)
-    if first := run.process.rank == 0:  # it alone validates and writes
-        open_folder(run, resumed=checkpoint is not None)
+    run = setup(config, checkpoint)
+    print_summary(run)
+    if first := run.dist.rank == 0:  # it alone validates and writes
+        open_run_dir(run, resumed=checkpoint is not None)
     for epoch in range(len(run.history), config.epochs):
         started = time.perf_counter()
         loss = train_epoch(run, epoch)
         if first:
-            finish_epoch(run, loss, time.perf_counter() - started)
+            validate_and_save(run, loss, time.perf_counter() - started)
     if first:
-        finish(run)
-    run.process.leave()
+        test_best(run)
+    run.dist.close()
 
 
 def train_epoch(run: Run, epoch: int) -> float:
     """One pass over the training pictures; returns the mean loss of its steps, and raises if one is not finite."""
-    training_mode(run.model, run.config)
-    seeds = np.random.SeedSequence((run.config.seed, epoch, run.process.rank))
+    set_train_mode(run.model, run.config)
+    seeds = np.random.SeedSequence((run.config.seed, epoch, run.dist.rank))
     torch.manual_seed(
         int(seeds.generate_state(1, np.uint64)[0])
     )  # so that a resumed run draws the same dropout
-    run.loader.batch_sampler.epoch = epoch
+    run.loader.batch_sampler.set_epoch(epoch)
     losses: list[float] = []
     unread: list[Tensor] = []  # reading a loss waits for the device, so it is done now and then
     with progress(run.loader, f"epoch {epoch + 1}", unit="step") as bar:
         for pixels, texts in bar:
-            lr = run.schedule.get_last_lr()[-1]
+            lr = run.scheduler.get_last_lr()[-1]
             unread.append(train_step(run, pixels, texts))
-            if len(unread) == STEPS_BETWEEN_FIGURES or len(losses) + len(unread) == len(run.loader):
-                losses += read_losses(
+            if len(unread) == LOG_EVERY or len(losses) + len(unread) == len(run.loader):
+                losses += reduce_losses(
                     run, unread, first_step=epoch * len(run.loader) + len(losses) + 1
                 )
                 speed = len(losses) * run.config.batch_size / max(bar.format_dict["elapsed"], 1e-3)
-                log_events(
+                log_scalars(
                     run,
                     epoch * len(run.loader) + len(losses),
                     {"train/loss": losses[-1], "train/lr": lr},
@@ -244,9 +250,9 @@ def train_epoch(run: Run, epoch: int) -> float:
     return sum(losses) / len(losses)
 
 
-def train_step(run: Run, pixels: Tensor, texts: TokenGroups) -> Tensor:
+def train_step(run: Run, pixels: Tensor, texts: TokenBatches) -> Tensor:
     """One step of the weights on this process's rows of a batch; returns their loss, which nobody has waited for."""
-    process, chunk_size = run.process, run.config.chunk_size
+    process, chunk_size = run.dist, run.config.chunk_size
     pixels = pixels.to(process.device, non_blocking=True)
     texts = [
         tuple(tensor.to(process.device, non_blocking=True) for tensor in group) for group in texts
@@ -257,24 +263,24 @@ def train_step(run: Run, pixels: Tensor, texts: TokenGroups) -> Tensor:
     with torch.autocast(
         process.device.type, process.precision, enabled=lower, cache_enabled=not chunk_size
     ):
-        image_embeddings, text_embeddings, logit_scale = run.replica(pixels, texts, chunk_size)
+        image_embeddings, text_embeddings, logit_scale = run.ddp_model(pixels, texts, chunk_size)
     everyones = (
-        process.gather(image_embeddings),
-        process.gather(text_embeddings),
+        process.all_gather(image_embeddings),
+        process.all_gather(text_embeddings),
     )  # (B, D), the negatives of all
-    loss = contrastive_loss(*everyones, logit_scale, process.rows(run.config.batch_size))
+    loss = contrastive_loss(*everyones, logit_scale, process.local_slice(run.config.batch_size))
     run.scaler.scale(loss).backward()
     run.scaler.unscale_(run.optimizer)
     nn.utils.clip_grad_norm_(run.model.parameters(), run.config.clip_norm)
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad()
-    run.schedule.step()
-    run.model.clamp_temperature()
+    run.scheduler.step()
+    run.model.clamp_logit_scale()
     return loss.detach()
 
 
-def training_mode(model: CLIP, config: Config) -> None:
+def set_train_mode(model: CLIP, config: Config) -> None:
     """Pretrained batch-norm statistics stay: those of a batch cost 14 of 34 points of recall (README)."""
     model.train()
     for tower in (model.image, model.text):
@@ -284,9 +290,9 @@ def training_mode(model: CLIP, config: Config) -> None:
             module.eval()
 
 
-def read_losses(run: Run, losses: list[Tensor], first_step: int) -> list[float]:
+def reduce_losses(run: Run, losses: list[Tensor], first_step: int) -> list[float]:
     """The losses of whole batches, the mean over the processes; raises if one is not finite."""
-    values = run.process.mean(torch.stack(losses)).tolist()
+    values = run.dist.all_reduce_mean(torch.stack(losses)).tolist()
     for step, value in enumerate(values, start=first_step):
         if not math.isfinite(value):
             raise UserError(
@@ -298,18 +304,18 @@ def read_losses(run: Run, losses: list[Tensor], first_step: int) -> list[float]:
 # ---------------------------------------------------------------- preparing
 
 
-def prepare(config: Config, checkpoint: dict[str, Any] | None) -> Run:
+def setup(config: Config, checkpoint: dict[str, Any] | None) -> Run:
     """Everything of a run, ready for its next epoch."""
-    folder, process = Path("runs") / config.name, Process.join(config)
-    rows = process.rows(config.batch_size)
+    folder, process = Path("runs") / config.name, Distributed.init(config)
+    rows = process.local_slice(config.batch_size)
     if process.rank == 0:
-        check_folder(folder, config, checkpoint)
+        check_run_dir(folder, config, checkpoint)
     torch.manual_seed(config.seed)
     model, tokenizer, splits = prepare_model_and_data(config, checkpoint, process)
     model.to(process.device, memory_format=torch.channels_last)
-    replica = process.replicate(model)
-    loader = training_loader(splits["train"], tokenizer, config, process.device, rows)
-    optimizer = torch.optim.AdamW(parameter_groups(model, config), fused=True)
+    replica = process.wrap_ddp(model)
+    loader = build_train_loader(splits["train"], tokenizer, config, process.device, rows)
+    optimizer = torch.optim.AdamW(param_groups(model, config), fused=True)
     schedule = LambdaLR(optimizer, warmup_then_cosine(config.epochs * len(loader), config.warmup))
     scaler = torch.amp.GradScaler(process.device.type, enabled=process.precision is torch.float16)
     run = Run(
@@ -327,21 +333,20 @@ def prepare(config: Config, checkpoint: dict[str, Any] | None) -> Run:
         [],
     )
     if checkpoint:
-        for part in ("optimizer", "schedule", "scaler"):
-            if state := checkpoint[
-                part
-            ]:  # a scaler's is empty in a run whose precision needed none
-                getattr(run, part).load_state_dict(state)
+        run.optimizer.load_state_dict(checkpoint["optimizer"])
+        run.scheduler.load_state_dict(checkpoint["schedule"])
+        if checkpoint["scaler"]:  # a scaler's state is empty in a run whose precision needed none
+            run.scaler.load_state_dict(checkpoint["scaler"])
         run.history += checkpoint["history"]
     return run
 
 
-def check_folder(folder: Path, config: Config, checkpoint: dict[str, Any] | None) -> None:
+def check_run_dir(folder: Path, config: Config, checkpoint: dict[str, Any] | None) -> None:
     """Refuses to overwrite a run, and to resume one of which a part is missing."""
     if (
         not checkpoint
         and (folder / "last.pt").exists()
-        and not (config.demo and config.name == DEMO["name"])
+        and not (config.demo and config.name == DEMO_DEFAULTS["name"])
     ):
         raise UserError(
             f"{folder}/last.pt exists: go on with --resume {folder}/last.pt, or choose another --name"
@@ -351,11 +356,11 @@ def check_folder(folder: Path, config: Config, checkpoint: dict[str, Any] | None
 
 
 def prepare_model_and_data(
-    config: Config, checkpoint: dict[str, Any] | None, process: Process
+    config: Config, checkpoint: dict[str, Any] | None, process: Distributed
 ) -> tuple[CLIP, Tokenizer, dict[str, Split]]:
     """Pretrained weights come first: where they cannot be had, that is said before any data is fetched."""
     if (
-        config.data_dir not in (Config.data_dir, DEMO["data_dir"])
+        config.data_dir not in (Config.data_dir, DEMO_DEFAULTS["data_dir"])
         and not Path(config.data_dir).exists()
     ):
         raise UserError(f"--data-dir {config.data_dir}: no such folder")
@@ -395,9 +400,9 @@ def prepare_model_and_data(
     return model, tokenizer, splits
 
 
-def prepare_data(config: Config, process: Process) -> dict[str, Split]:
+def prepare_data(config: Config, process: Distributed) -> dict[str, Split]:
     """The splits, after a look into the header of every picture, so that a broken one shows before the first step."""
-    process.in_turn(lambda: prepare_data_dir(config))
+    process.main_process_first(lambda: prepare_dataset(config))
     splits = read_splits(config.data_dir)
     if (pictures := len(splits["train"].paths)) < config.batch_size:
         raise UserError(
@@ -408,21 +413,21 @@ def prepare_data(config: Config, process: Process) -> dict[str, Split]:
         "checking pictures",
         leave=False,
     ):
-        with open_picture(path):
+        with open_image(path):
             pass
     return splits
 
 
-def prepare_data_dir(config: Config) -> None:
+def prepare_dataset(config: Config) -> None:
     """Fetches Flickr8k, or draws the demo's shapes, where the default folder is absent."""
     folder = Path(config.data_dir)
-    if config.demo and config.data_dir == DEMO["data_dir"] and not folder.exists():
-        draw_shapes(folder)
+    if config.demo and config.data_dir == DEMO_DEFAULTS["data_dir"] and not folder.exists():
+        generate_shapes(folder)
     elif config.data_dir == Config.data_dir and not folder.exists():
-        fetch_flickr8k(folder, config.download_url)
+        download_flickr8k(folder, config.download_url)
 
 
-def parameter_groups(model: CLIP, config: Config) -> list[dict[str, Any]]:
+def param_groups(model: CLIP, config: Config) -> list[dict[str, Any]]:
     """New heads learn fast and pretrained encoders slowly; only matrices decay, not gains, biases or temperature."""
     rates = {
         "image": config.image_lr,
@@ -466,7 +471,7 @@ def validate(model: CLIP, run: Run, split: str) -> dict[str, float]:
     """The recalls of a split; of the run's model after an epoch, of its best weights at the end."""
     model.eval()
     return evaluate(
-        model.image, model.text, run.tokenizer, run.splits[split], run.config, run.process.device
+        model.image, model.text, run.tokenizer, run.splits[split], run.config, run.dist.device
     )
 
 
@@ -475,45 +480,49 @@ def best_epoch(history: list[dict[str, float]]) -> int:
     return max(history, key=lambda row: sum(row[name] for name in RECALLS))["epoch"]
 
 
-def weights_of(run: Run) -> dict[str, Any]:
-    return pack_weights(
+def checkpoint_of(run: Run) -> dict[str, Any]:
+    return make_checkpoint(
         run.model, run.tokenizer, run.config, example_query=run.splits["test"].captions[0][0]
     )
 
 
-def save_last(run: Run) -> None:
+def save_checkpoint(run: Run) -> None:
     """`last.pt`, with everything needed to go on, and the report that is made of it."""
-    state = {part: getattr(run, part).state_dict() for part in ("optimizer", "schedule", "scaler")}
-    content = {**weights_of(run), **state, "history": run.history}
-    write_whole(run.folder / "last.pt", lambda file: torch.save(content, file))
-    report(run)
+    state = {
+        "optimizer": run.optimizer.state_dict(),
+        "schedule": run.scheduler.state_dict(),
+        "scaler": run.scaler.state_dict(),
+    }
+    content = {**checkpoint_of(run), **state, "history": run.history}
+    atomic_write(run.run_dir / "last.pt", lambda file: torch.save(content, file))
+    write_metrics(run)
 
 
-def open_folder(run: Run, resumed: bool) -> None:
+def open_run_dir(run: Run, resumed: bool) -> None:
     """The run's folder, with `last.pt` before the first step."""
     try:
-        run.folder.mkdir(parents=True, exist_ok=True)
+        run.run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"{run.folder}: cannot be made into the run's folder: {error.strerror}"
+            f"{run.run_dir}: cannot be made into the run's folder: {error.strerror}"
         ) from None
     if importlib.util.find_spec("tensorboard"):
         from torch.utils.tensorboard import SummaryWriter
 
-        run.events = SummaryWriter(
-            run.folder / "events", purge_step=len(run.history) * len(run.loader) + 1
+        run.writer = SummaryWriter(
+            run.run_dir / "events", purge_step=len(run.history) * len(run.loader) + 1
         )
-    for half_written in run.folder.glob("*.tmp"):  # by a run that was killed
+    for half_written in run.run_dir.glob("*.tmp"):  # by a run that was killed
         half_written.unlink()
     if resumed:
-        report(run)  # it may have been killed before
+        write_metrics(run)  # it may have been killed before
     else:
-        save_last(run)
+        save_checkpoint(run)
         for leftover in ("best.pt", "test.json", "curves.png"):  # of an earlier demo
-            (run.folder / leftover).unlink(missing_ok=True)
+            (run.run_dir / leftover).unlink(missing_ok=True)
 
 
-def finish_epoch(run: Run, loss: float, seconds: float) -> None:
+def validate_and_save(run: Run, loss: float, seconds: float) -> None:
     """Validates, and writes the epoch's row and weights."""
     epoch, metrics = len(run.history) + 1, validate(run.model, run, "dev")
     speed, lr = (
@@ -529,31 +538,31 @@ def finish_epoch(run: Run, loss: float, seconds: float) -> None:
     }
     run.history.append(row | metrics)
     print(
-        f"epoch {epoch} of {run.config.epochs}: loss {loss:.3f}, {seconds:.0f} s; dev {describe(metrics)}"
+        f"epoch {epoch} of {run.config.epochs}: loss {loss:.3f}, {seconds:.0f} s; dev {format_metrics(metrics)}"
     )
-    log_events(run, epoch, {f"dev/{name}": value for name, value in metrics.items()})
+    log_scalars(run, epoch, {f"dev/{name}": value for name, value in metrics.items()})
     if best_epoch(run.history) == epoch:
-        write_whole(run.folder / "best.pt", lambda file: torch.save(weights_of(run), file))
-    save_last(run)
+        atomic_write(run.run_dir / "best.pt", lambda file: torch.save(checkpoint_of(run), file))
+    save_checkpoint(run)
 
 
-def report(run: Run) -> None:
+def write_metrics(run: Run) -> None:
     """`metrics.csv` with a row an epoch, and `curves.png`."""
     table = pd.DataFrame(
         run.history, columns=["epoch", "seconds", "pairs_per_second", "lr", "train_loss", *METRICS]
     )
-    write_whole(run.folder / "metrics.csv", lambda file: table.to_csv(file, index=False))
+    atomic_write(run.run_dir / "metrics.csv", lambda file: table.to_csv(file, index=False))
     if len(table):
-        figure = draw_curves(table, math.log(run.config.batch_size), best_epoch(run.history))
-        write_whole(run.folder / "curves.png", lambda file: figure.savefig(file, format="png"))
+        figure = plot_curves(table, math.log(run.config.batch_size), best_epoch(run.history))
+        atomic_write(run.run_dir / "curves.png", lambda file: figure.savefig(file, format="png"))
 
 
-def log_events(run: Run, step: int, values: dict[str, float]) -> None:
-    for name, value in values.items() if run.events else ():
-        run.events.add_scalar(name, value, step)
+def log_scalars(run: Run, step: int, values: dict[str, float]) -> None:
+    for name, value in values.items() if run.writer else ():
+        run.writer.add_scalar(name, value, step)
 
 
-def draw_curves(table: pd.DataFrame, chance: float, best: int) -> Figure:
+def plot_curves(table: pd.DataFrame, chance: float, best: int) -> Figure:
     """The training loss with its chance level, and the recalls on the dev split both ways."""
     figure = Figure(figsize=(12, 3.6), dpi=110, layout="constrained")
     loss, *ways = figure.subplots(1, 3)
@@ -574,9 +583,9 @@ def draw_curves(table: pd.DataFrame, chance: float, best: int) -> Figure:
     return figure
 
 
-def announce(run: Run) -> None:
+def print_summary(run: Run) -> None:
     """The settings, the device and the sizes, once."""
-    config, model, process = run.config, run.model, run.process
+    config, model, process = run.config, run.model, run.dist
     print("config:", ", ".join(f"{name}={value!r}" for name, value in asdict(config).items()))
     millions = [
         sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.image, model.text)
@@ -585,26 +594,26 @@ def announce(run: Run) -> None:
     print(
         f"model: {millions[0]:.1f} M image + {millions[1]:.1f} M text parameters, {trained:.1f} M of them trained"
     )
-    kind = f"{str(process.precision).removeprefix('torch.')}, {process.count} process{'es' * (process.count > 1)}"
+    kind = f"{str(process.precision).removeprefix('torch.')}, {process.world_size} process{'es' * (process.world_size > 1)}"
     print(
         f"device: {process.device}, {kind}; {len(run.loader)} steps an epoch of {config.batch_size} pairs"
     )
     print(f"loss at chance: ln({config.batch_size}) = {math.log(config.batch_size):.3f}")
 
 
-def finish(run: Run) -> None:
+def test_best(run: Run) -> None:
     """Scores the best weights on the test split, once, and says what to do next."""
-    best = read_weights(run.folder / "best.pt")
+    best = load_checkpoint(run.run_dir / "best.pt")
     metrics = validate(
-        load_clip(best).to(run.process.device, memory_format=torch.channels_last), run, "test"
+        load_clip(best).to(run.dist.device, memory_format=torch.channels_last), run, "test"
     )
-    write_whole(
-        run.folder / "test.json", lambda file: file.write(json.dumps(metrics, indent=2).encode())
+    atomic_write(
+        run.run_dir / "test.json", lambda file: file.write(json.dumps(metrics, indent=2).encode())
     )
-    print(f"test, with the weights of epoch {best_epoch(run.history)}: {describe(metrics)}")
-    print(f"saved in {run.folder}: best.pt, last.pt, metrics.csv, curves.png, test.json")
+    print(f"test, with the weights of epoch {best_epoch(run.history)}: {format_metrics(metrics)}")
+    print(f"saved in {run.run_dir}: best.pt, last.pt, metrics.csv, curves.png, test.json")
     print(
-        f"python inference.py --weights {run.folder / 'best.pt'} --n 8 --query {shlex.quote(best['example_query'])}"
+        f"python inference.py --weights {run.run_dir / 'best.pt'} --n 8 --query {shlex.quote(best['example_query'])}"
     )
 
 

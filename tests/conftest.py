@@ -21,7 +21,7 @@ os.environ.update(
 
 import trainer  # noqa: E402
 from config import Config  # noqa: E402
-from data import draw_shapes  # noqa: E402
+from data import generate_shapes  # noqa: E402
 from models import (  # noqa: E402
     CLIP,
     Tower,
@@ -116,8 +116,8 @@ def at_step(step: int, what: object):
     """A loss that, at one step counted from 1, is multiplied by `what` or raises it."""
     steps = iter(range(1, 1_000_000))
 
-    def loss(*batch: object, honest=trainer.contrastive_loss) -> Tensor:
-        value = honest(*batch)
+    def loss(*batch: object, original=trainer.contrastive_loss) -> Tensor:
+        value = original(*batch)
         if next(steps) != step:
             return value
         if isinstance(what, BaseException):
@@ -195,25 +195,25 @@ def farthest(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """48 training, 12 dev and 12 test scenes in the Kaggle layout; never written to."""
     folder = tmp_path_factory.mktemp("data") / "shapes"
-    draw_shapes(folder, train=48, dev=12, test=12)
+    generate_shapes(folder, train=48, dev=12, test=12)
     return folder
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Path:
     """The run folder of a finished tiny training; never written to."""
-    workplace = tmp_path_factory.mktemp("trained")
+    workdir = tmp_path_factory.mktemp("trained")
     before = Path.cwd()
-    os.chdir(workplace)
+    os.chdir(workdir)
     try:
         train([*TINY, "--data-dir", str(shapes)])
     finally:
         os.chdir(before)
-    return workplace / "runs" / "demo"
+    return workdir / "runs" / "demo"
 
 
 @pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty current directory."""
     monkeypatch.chdir(tmp_path)
     return tmp_path

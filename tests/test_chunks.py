@@ -34,10 +34,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import models
 import trainer
 from data import collate
-from models import CLIP, TokenGroups, contrastive_loss
+from models import CLIP, TokenBatches, contrastive_loss
 
 BATCH = 10
-Batch = tuple[Tensor, TokenGroups]
+Batch = tuple[Tensor, TokenBatches]
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def gradients(
 
 
 def plainly(
-    model: CLIP, pixels: Tensor, texts: TokenGroups, chunk_size: int
+    model: CLIP, pixels: Tensor, texts: TokenBatches, chunk_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same chunks in the same order, with all their activations kept."""
     text_embeddings = [model.encode_text(ids, mask) for ids, mask in texts]
@@ -198,7 +198,7 @@ def test_it_would_count_them_twice_if_nobody_kept_its_statistics(
     model, tokenizer = tiny
     batch, other = batch_of(tokenizer, 4), deepcopy(model)
     after = after_a_step(model, batch, 4)
-    monkeypatch.setattr(models, "keep_statistics", lambda tower: nullcontext())
+    monkeypatch.setattr(models, "frozen_bn_stats", lambda tower: nullcontext())
     assert not any(equal(after, after_a_step(other, batch, 4)))
 
 
@@ -251,7 +251,7 @@ def test_memory_holds_one_chunk_of_activations_however_large_the_batch(tmp_path:
 
 
 def test_a_run_in_chunks_trains_and_goes_on_after_a_break_as_if_there_had_been_none(
-    workplace: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
+    workdir: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
 ):
     flags = [
         *TINY,
@@ -264,10 +264,10 @@ def test_a_run_in_chunks_trains_and_goes_on_after_a_break_as_if_there_had_been_n
         "--data-dir",
         str(shapes),
     ]
-    (workplace / "unbroken").mkdir()
-    done = script("trainer.py", *flags, cwd=workplace / "unbroken")
+    (workdir / "unbroken").mkdir()
+    done = script("trainer.py", *flags, cwd=workdir / "unbroken")
     assert done.returncode == 0, done.stderr
-    unbroken, broken = workplace / "unbroken/runs/demo", workplace / "runs/demo"
+    unbroken, broken = workdir / "unbroken/runs/demo", workdir / "runs/demo"
     assert names_in(unbroken) == FILES
     losses = pd.read_csv(unbroken / "metrics.csv")["train_loss"]
     assert losses[1] < losses[0]
@@ -281,14 +281,14 @@ def test_a_run_in_chunks_trains_and_goes_on_after_a_break_as_if_there_had_been_n
 
 
 def test_a_step_of_the_trainer_encodes_no_more_at_a_time_than_a_chunk(
-    workplace: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
+    workdir: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    seen, honest = {"ImageEncoder": set(), "TextEncoder": set()}, models.encode_twice
+    seen, original = {"ImageEncoder": set(), "TextEncoder": set()}, models.checkpointed_encode
 
     def encode(tower: nn.Module, *inputs: Tensor) -> Tensor:
         seen[type(tower.encoder).__name__].add(len(inputs[0]))
-        return honest(tower, *inputs)
+        return original(tower, *inputs)
 
-    monkeypatch.setattr(models, "encode_twice", encode)
+    monkeypatch.setattr(models, "checkpointed_encode", encode)
     trainer.main([*TINY, "--epochs", "1", "--chunk-size", "3", "--data-dir", str(shapes)])
     assert seen == {"ImageEncoder": {3, 2}, "TextEncoder": {2}}  # of batches of eight

@@ -18,7 +18,7 @@ RECALLS = [name for name in METRICS if not name.endswith("medr")]
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("tied", (True, False))
 def test_both_evaluators_give_the_same_recalls(tied: bool, seed: int):
-    """Also where many cosines are equal, and where pictures have unequal numbers of captions."""
+    """Also where many cosine_similarity are equal, and where pictures have unequal numbers of captions."""
     rng = np.random.default_rng(seed)
     of = np.sort(np.concatenate([np.arange(40), rng.integers(0, 40, 100)]))
     if tied:  # products of these are exact, in any order of summation

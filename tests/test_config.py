@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import script
 
-from config import DEMO, Config, SearchConfig, parse
+from config import DEMO_DEFAULTS, Config, SearchConfig, parse
 from inference import main as search
 from trainer import main as train
 
@@ -58,11 +58,11 @@ def test_the_parsed_defaults_are_those_of_the_class():
     ("name", "settings"), [("trainer.py", Config), ("inference.py", SearchConfig)]
 )
 def test_help_shows_every_flag_and_its_default_without_network_data_or_cache(
-    name: str, settings: type, workplace: Path
+    name: str, settings: type, workdir: Path
 ):
-    shown = script(name, "--help", cwd=workplace, network=False)
+    shown = script(name, "--help", cwd=workdir, network=False)
     assert (shown.returncode, shown.stderr) == (0, "")
-    assert not list(workplace.iterdir())
+    assert not list(workdir.iterdir())
     entries = {
         entry.split(maxsplit=1)[0]: "".join(entry.split())
         for entry in re.split(r"\n  (?=-)", shown.stdout)
@@ -86,7 +86,7 @@ def test_help_shows_every_flag_and_its_default_without_network_data_or_cache(
 
 def test_the_demo_replaces_defaults():
     config = parse(Config, ["--demo"])
-    assert asdict(config) == asdict(Config()) | DEMO | {"demo": True}
+    assert asdict(config) == asdict(Config()) | DEMO_DEFAULTS | {"demo": True}
     assert (config.data_dir, config.name, config.pretrained) == ("data/shapes", "demo", False)
 
 
@@ -107,7 +107,7 @@ def test_the_demo_never_replaces_a_flag_that_was_given_even_its_default(
     given: list[str], name: str, value: object, demo_stands_first: bool
 ):
     config = parse(Config, ["--demo", *given] if demo_stands_first else [*given, "--demo"])
-    assert asdict(config) == asdict(Config()) | DEMO | {"demo": True, name: value}
+    assert asdict(config) == asdict(Config()) | DEMO_DEFAULTS | {"demo": True, name: value}
 
 
 def test_other_defaults_such_as_a_resumed_runs_are_taken_whole():
@@ -138,7 +138,7 @@ def test_reading_one_command_line_leaves_nothing_behind_for_the_next():
 
 
 def test_a_settings_file_beside_the_script_is_not_read(
-    workplace: Path, monkeypatch: pytest.MonkeyPatch
+    workdir: Path, monkeypatch: pytest.MonkeyPatch
 ):
     Path("trainer.args").write_text("--epochs 99")
     monkeypatch.setattr("sys.argv", ["trainer.py"])
@@ -217,10 +217,10 @@ def test_a_query_may_be_repeated(given: list[str]):
 def test_the_trainer_refuses_with_one_line_and_status_two(
     arguments: list[str],
     flag_and_what_is_allowed: list[str],
-    workplace: Path,
+    workdir: Path,
     capsys: pytest.CaptureFixture,
 ):
-    assert_refused(train, arguments, flag_and_what_is_allowed, workplace, capsys)
+    assert_refused(train, arguments, flag_and_what_is_allowed, workdir, capsys)
 
 
 @pytest.mark.parametrize(
@@ -242,14 +242,14 @@ def test_the_trainer_refuses_with_one_line_and_status_two(
 def test_the_search_refuses_with_one_line_and_status_two(
     arguments: list[str],
     flag_and_what_is_allowed: list[str],
-    workplace: Path,
+    workdir: Path,
     capsys: pytest.CaptureFixture,
 ):
-    assert_refused(search, arguments, flag_and_what_is_allowed, workplace, capsys)
+    assert_refused(search, arguments, flag_and_what_is_allowed, workdir, capsys)
 
 
 def assert_refused(
-    main, arguments: list[str], said: list[str], workplace: Path, capsys: pytest.CaptureFixture
+    main, arguments: list[str], said: list[str], workdir: Path, capsys: pytest.CaptureFixture
 ) -> None:
     with pytest.raises(SystemExit) as end:
         main(arguments)
@@ -258,7 +258,7 @@ def assert_refused(
     assert printed == ""
     assert error.count("\n") == 1 and error.endswith("\n")
     assert all(words in error for words in said), error
-    assert not list(workplace.iterdir())
+    assert not list(workdir.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -24,22 +24,22 @@ from tokenizers import Tokenizer
 from config import Config, UserError, parse
 from data import (
     ARCHIVES,
-    COLOURS,
+    COLORS,
     PLACES,
     SHAPES,
     SIZES,
     SPLITS,
     Split,
     Transform,
-    draw_shapes,
-    fetch_flickr8k,
-    read_picture,
+    build_train_loader,
+    download_flickr8k,
+    generate_shapes,
+    load_image,
     read_splits,
     tokenize,
-    training_loader,
 )
-from models import word_pieces_of
-from trainer import prepare_data_dir
+from models import build_wordpiece_tokenizer
+from trainer import prepare_dataset
 
 CAPTION = "A dog runs ."
 LISTED = {"train": ["a.jpg"], "dev": ["b.jpg"], "test": ["c.jpg"]}
@@ -536,10 +536,8 @@ def damaged(archive: bytes, position: int, bits: int) -> bytes:
     return bytes(broken)
 
 
-def test_both_archives_are_fetched_and_make_a_data_set(
-    workplace: Path, server: ThreadingHTTPServer
-):
-    fetch_flickr8k(Path("data/flickr8k"), server.url)
+def test_both_archives_are_fetched_and_make_a_data_set(workdir: Path, server: ThreadingHTTPServer):
+    download_flickr8k(Path("data/flickr8k"), server.url)
     assert captions_in(read_splits("data/flickr8k")) == {
         f"{x}.jpg": [f"{x} 0 .", f"{x} 1 ."] for x in "abc"
     }
@@ -547,8 +545,8 @@ def test_both_archives_are_fetched_and_make_a_data_set(
     assert not list(Path("data/flickr8k").glob("*.zip"))
 
 
-def test_the_address_may_end_with_or_without_a_slash(workplace: Path, server: ThreadingHTTPServer):
-    fetch_flickr8k(Path("data/flickr8k"), server.url.rstrip("/"))
+def test_the_address_may_end_with_or_without_a_slash(workdir: Path, server: ThreadingHTTPServer):
+    download_flickr8k(Path("data/flickr8k"), server.url.rstrip("/"))
     assert Path("data/flickr8k/Flickr8k.token.txt").is_file()
 
 
@@ -582,20 +580,20 @@ MANY = zipped({f"{i}.txt": "a dog runs over the snow " * 40 for i in range(20)})
     ],
 )
 def test_a_broken_transfer_is_one_error_leaves_no_folder_and_a_second_try_succeeds(
-    workplace: Path, server: ThreadingHTTPServer, broken: str, answer: tuple | None
+    workdir: Path, server: ThreadingHTTPServer, broken: str, answer: tuple | None
 ):
     path, sound = f"/Flickr8k/{broken}", server.answers[f"/Flickr8k/{broken}"]
     del server.answers[path]
     if answer:
         body, length = answer
         server.answers[path] = (body, len(body) if isinstance(length, bytes) else length)
-    error = refusal(lambda: fetch_flickr8k(Path("data/flickr8k"), server.url))
+    error = refusal(lambda: download_flickr8k(Path("data/flickr8k"), server.url))
     for words in (server.url + broken, *ARCHIVES, "data/flickr8k", "--data-dir", "--demo"):
         assert words in error
     assert not Path("data/flickr8k").exists()
-    assert not list(workplace.rglob("climbed.txt"))
+    assert not list(workdir.rglob("climbed.txt"))
     server.answers[path] = sound
-    fetch_flickr8k(Path("data/flickr8k"), server.url)
+    download_flickr8k(Path("data/flickr8k"), server.url)
     assert len(captions_in(read_splits("data/flickr8k"))) == 3
     assert [path.name for path in Path("data").iterdir()] == ["flickr8k"]
 
@@ -609,7 +607,7 @@ def test_whichever_byte_of_an_archive_is_damaged_it_is_one_error_or_does_no_harm
         write(Path(folder), dict(zip(ARCHIVES, (PICTURES, damaged(TEXTS, position, bits)))))
         fetched = Path(folder, "flickr8k")
         try:
-            fetch_flickr8k(fetched, Path(folder).as_uri())
+            download_flickr8k(fetched, Path(folder).as_uri())
         except UserError as error:
             assert "--data-dir" in str(error) and not fetched.exists()
             return
@@ -621,58 +619,58 @@ def test_whichever_byte_of_an_archive_is_damaged_it_is_one_error_or_does_no_harm
     "address", ["http://127.0.0.1:1/", "no address", "http://[/", "gopher://127.0.0.1/"]
 )
 def test_nobody_listening_or_no_address_is_one_error_that_says_what_to_do(
-    workplace: Path, address: str
+    workdir: Path, address: str
 ):
-    error = refusal(lambda: fetch_flickr8k(Path("data/flickr8k"), address))
+    error = refusal(lambda: download_flickr8k(Path("data/flickr8k"), address))
     for words in (address, *ARCHIVES, "data/flickr8k", "--data-dir", "--demo"):
         assert words in error
     assert not Path("data/flickr8k").exists()
 
 
 def test_a_process_killed_halfway_leaves_nothing_that_is_taken_for_whole(
-    workplace: Path, server: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch
+    workdir: Path, server: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch
 ):
     def killed(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(zipfile.ZipFile, "extractall", killed)
-        fetch_flickr8k(Path("data/flickr8k"), server.url)
+        download_flickr8k(Path("data/flickr8k"), server.url)
     assert not Path("data/flickr8k").exists()
-    fetch_flickr8k(Path("data/flickr8k"), server.url)
+    download_flickr8k(Path("data/flickr8k"), server.url)
     assert len(captions_in(read_splits("data/flickr8k"))) == 3
 
 
 def test_the_default_folder_is_fetched_from_the_address_in_the_settings_and_only_once(
-    workplace: Path, server: ThreadingHTTPServer
+    workdir: Path, server: ThreadingHTTPServer
 ):
     config = parse(Config, ["--download-url", server.url])
-    prepare_data_dir(config)
+    prepare_dataset(config)
     assert len(captions_in(read_splits(config.data_dir))) == 3
     server.answers.clear()
-    prepare_data_dir(config)
+    prepare_dataset(config)
 
 
 @pytest.mark.parametrize("demo", [[], ["--demo"]])
 def test_a_given_folder_that_is_absent_is_an_error_and_fetches_nothing(
-    workplace: Path, server: ThreadingHTTPServer, demo: list[str]
+    workdir: Path, server: ThreadingHTTPServer, demo: list[str]
 ):
     config = parse(Config, [*demo, "--data-dir", "data/flikr8k", "--download-url", server.url])
-    prepare_data_dir(config)
+    prepare_dataset(config)
     error = refusal(lambda: read_splits(config.data_dir))
     assert "--data-dir data/flikr8k" in error
-    assert not list(workplace.iterdir())
+    assert not list(workdir.iterdir())
 
 
 def test_the_demos_folder_is_drawn_where_it_is_absent(
-    workplace: Path, monkeypatch: pytest.MonkeyPatch
+    workdir: Path, monkeypatch: pytest.MonkeyPatch
 ):
     drawn = []
-    monkeypatch.setattr("trainer.draw_shapes", drawn.append)
-    prepare_data_dir(parse(Config, ["--demo"]))
+    monkeypatch.setattr("trainer.generate_shapes", drawn.append)
+    prepare_dataset(parse(Config, ["--demo"]))
     assert drawn == [Path("data/shapes")]
     Path("data/shapes").mkdir(parents=True)
-    prepare_data_dir(parse(Config, ["--demo"]))
+    prepare_dataset(parse(Config, ["--demo"]))
     assert drawn == [Path("data/shapes")]
 
 
@@ -685,18 +683,18 @@ def saved(folder: Path, name: str, picture: Image.Image, **options) -> Path:
 
 
 def test_grayscale_and_palette_pictures_become_red_green_and_blue(tmp_path: Path):
-    grey = read_picture(saved(tmp_path, "grey.png", Image.new("L", (3, 2), 100)))
+    grey = load_image(saved(tmp_path, "grey.png", Image.new("L", (3, 2), 100)))
     assert grey.shape == (2, 3, 3) and grey.dtype == np.uint8 and (grey == 100).all()
-    palette = read_picture(
+    palette = load_image(
         saved(tmp_path, "palette.png", Image.new("RGB", (3, 2), (255, 0, 0)).convert("P"))
     )
     assert palette.shape == (2, 3, 3) and (palette == (255, 0, 0)).all()
-    black_and_white = read_picture(saved(tmp_path, "bits.png", Image.new("1", (3, 2), 1)))
+    black_and_white = load_image(saved(tmp_path, "bits.png", Image.new("1", (3, 2), 1)))
     assert black_and_white.shape == (2, 3, 3) and (black_and_white == 255).all()
 
 
 def test_cmyk_pictures_become_red_green_and_blue(tmp_path: Path):
-    pixels = read_picture(
+    pixels = load_image(
         saved(tmp_path, "print.jpg", Image.new("CMYK", (16, 8), (0, 255, 255, 0)), quality=95)
     )
     assert pixels.shape == (8, 16, 3)
@@ -706,12 +704,12 @@ def test_cmyk_pictures_become_red_green_and_blue(tmp_path: Path):
 @pytest.mark.parametrize("name", ["deep.png", "deep.tif"])
 def test_sixteen_bits_are_scaled_and_not_clipped_to_white(tmp_path: Path, name: str):
     ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
-    pixels = read_picture(saved(tmp_path, name, Image.fromarray(ramp)))
+    pixels = load_image(saved(tmp_path, name, Image.fromarray(ramp)))
     assert pixels.shape == (16, 16, 3) and pixels.dtype == np.uint8
     assert (abs(pixels[..., 0].astype(float) - ramp / 257) <= 1).all()
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "palette", "one colour"])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "palette", "one color"])
 def test_what_is_transparent_becomes_white(tmp_path: Path, mode: str):
     picture, options = Image.new("RGBA", (2, 1), (0, 0, 0, 0)), {}
     picture.putpixel((1, 0), (0, 0, 0, 255))
@@ -722,16 +720,16 @@ def test_what_is_transparent_becomes_white(tmp_path: Path, mode: str):
         picture.putpalette([10, 20, 30, 0, 0, 0])
         picture.putpixel((1, 0), 1)
         options = {"transparency": 0}
-    elif mode == "one colour":
+    elif mode == "one color":
         picture = Image.new("RGB", (2, 1), (10, 20, 30))
         picture.putpixel((1, 0), (0, 0, 0))
         options = {"transparency": (10, 20, 30)}
-    pixels = read_picture(saved(tmp_path, "see-through.png", picture, **options))
+    pixels = load_image(saved(tmp_path, "see-through.png", picture, **options))
     assert pixels.tolist() == [[[255] * 3, [0] * 3]]
 
 
 def test_what_is_half_transparent_becomes_half_white(tmp_path: Path):
-    pixels = read_picture(saved(tmp_path, "half.png", Image.new("RGBA", (1, 1), (255, 0, 0, 128))))
+    pixels = load_image(saved(tmp_path, "half.png", Image.new("RGBA", (1, 1), (255, 0, 0, 128))))
     assert (abs(pixels.astype(int) - (255, 127, 127)) <= 1).all()
 
 
@@ -740,7 +738,7 @@ def test_a_picture_that_its_camera_says_is_turned_is_turned_upright(tmp_path: Pa
     picture.paste("red", (0, 0, 16, 16))
     turned_right = Image.Exif()
     turned_right[0x0112] = 6
-    pixels = read_picture(saved(tmp_path, "turned.jpg", picture, exif=turned_right, quality=95))
+    pixels = load_image(saved(tmp_path, "turned.jpg", picture, exif=turned_right, quality=95))
     assert pixels.shape == (32, 16, 3)
     assert (pixels[:12, :, 0] > 200).all() and (pixels[20:] < 50).all()
 
@@ -755,9 +753,7 @@ def test_a_picture_is_turned_as_pillow_turns_it(tmp_path: Path, orientation: int
         Image.fromarray(np.arange(24, dtype=np.uint8).reshape(4, 6)),
         exif=exif,
     )
-    assert (
-        read_picture(path)[:, :, 0] == np.array(ImageOps.exif_transpose(Image.open(path)))
-    ).all()
+    assert (load_image(path)[:, :, 0] == np.array(ImageOps.exif_transpose(Image.open(path)))).all()
 
 
 def test_a_picture_whose_exif_is_damaged_elsewhere_is_turned_too(tmp_path: Path):
@@ -770,7 +766,7 @@ def test_a_picture_whose_exif_is_damaged_elsewhere_is_turned_too(tmp_path: Path)
     )  # ... that is said to be a text
     with pytest.raises((struct.error, TypeError, AttributeError)):
         ImageOps.exif_transpose(Image.open(path))
-    assert read_picture(path).shape == (40, 30, 3)
+    assert load_image(path).shape == (40, 30, 3)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (4000, 20), (20, 4000)])
@@ -779,7 +775,7 @@ def test_tiny_and_very_long_pictures_are_pictures_too(
     tmp_path: Path, size: tuple[int, int], augment: bool
 ):
     path = saved(tmp_path, "odd.png", Image.new("RGB", size, (200, 30, 30)))
-    assert read_picture(path).shape == (*size[::-1], 3)
+    assert load_image(path).shape == (*size[::-1], 3)
     (epoch,) = draws(Split([path] * 2, [[CAPTION]] * 2), augment=augment, batch_size=2)
     assert all(pixels.shape == (3, 32, 32) and (pixels[0] > pixels[1]).all() for _, pixels in epoch)
 
@@ -800,7 +796,7 @@ def broken_pictures(folder: Path) -> list[Path]:
 
 def test_what_cannot_be_read_as_a_picture_is_an_error_that_names_the_file(tmp_path: Path):
     for path in broken_pictures(tmp_path):
-        assert str(path) in refusal(lambda path=path: read_picture(path))
+        assert str(path) in refusal(lambda path=path: load_image(path))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -826,7 +822,7 @@ def noisy(tmp_path_factory: pytest.TempPathFactory) -> Split:
 
 
 def tokenizer_of(split: Split, max_length: int = 64) -> Tokenizer:
-    return word_pieces_of(
+    return build_wordpiece_tokenizer(
         [caption for captions in split.captions for caption in captions], max_length
     )
 
@@ -838,10 +834,10 @@ def draws(
     config = Config(**{"image_size": 32, "batch_size": 4, "num_workers": 0} | changed)
     tokenizer = tokenizer_of(split)
     texts = {tuple(tokenizer.encode(text).ids): text for texts in split.captions for text in texts}
-    loader = training_loader(split, tokenizer, config, torch.device("cpu"))
+    loader = build_train_loader(split, tokenizer, config, torch.device("cpu"))
     drawn = []
     for epoch in epochs:
-        loader.batch_sampler.epoch = epoch
+        loader.batch_sampler.set_epoch(epoch)
         drawn.append([])
         for pixels, groups in loader:
             rows = [
@@ -943,9 +939,7 @@ def test_captions_are_drawn_from_all_of_a_pictures_own_evenly(noisy: Split):
 
 def test_a_caption_comes_with_its_own_picture(noisy: Split):
     (epoch,) = draws(noisy, batch_size=14, augment=False, image_size=40)
-    means = {
-        f"p{i}": read_picture(path)[:, 5:35].mean((0, 1)) for i, path in enumerate(noisy.paths)
-    }
+    means = {f"p{i}": load_image(path)[:, 5:35].mean((0, 1)) for i, path in enumerate(noisy.paths)}
     for caption, pixels in epoch:
         own = caption.partition("c")[0]
         shown = pixels.double().mean((1, 2)).numpy()
@@ -1017,7 +1011,7 @@ def test_the_demo_shows_each_scene_as_it_was_drawn_every_time(shapes: Path):
     split = read_splits(shapes)["train"]
     config = parse(Config, ["--demo"])
     one, other = draws(split, (0, 1), batch_size=48, augment=config.augment, image_size=128)
-    drawn = {read_picture(path).tobytes() for path in split.paths}
+    drawn = {load_image(path).tobytes() for path in split.paths}
     for epoch in (one, other):
         assert {pixels.permute(1, 2, 0).numpy().tobytes() for _, pixels in epoch} == drawn
 
@@ -1025,7 +1019,7 @@ def test_the_demo_shows_each_scene_as_it_was_drawn_every_time(shapes: Path):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_batches_are_bytes_in_channels_last_memory(noisy: Split, workers: int):
     config = Config(image_size=32, batch_size=4, num_workers=workers)
-    batches = list(training_loader(noisy, tokenizer_of(noisy), config, torch.device("cpu")))
+    batches = list(build_train_loader(noisy, tokenizer_of(noisy), config, torch.device("cpu")))
     assert len(batches) == 3
     for pixels, groups in batches:
         assert pixels.shape == (4, 3, 32, 32) and pixels.dtype == torch.uint8
@@ -1052,7 +1046,7 @@ def test_captions_come_in_four_groups_of_a_chunk_at_most_each_padded_to_its_own_
 ):
     config = Config(image_size=32, batch_size=batch_size, chunk_size=chunk_size, num_workers=0)
     lengths = set()
-    for _, groups in training_loader(noisy, tokenizer_of(noisy), config, torch.device("cpu")):
+    for _, groups in build_train_loader(noisy, tokenizer_of(noisy), config, torch.device("cpu")):
         assert [len(ids) for ids, _ in groups] == sizes
         for ids, mask in groups:
             assert mask.sum(dim=1).max() == ids.shape[1]
@@ -1065,7 +1059,7 @@ def test_for_a_gpu_they_come_in_one_group_or_in_chunks(
     noisy: Split, chunk_size: int, sizes: list[int]
 ):
     config = Config(image_size=32, batch_size=14, chunk_size=chunk_size, num_workers=0)
-    loader = training_loader(noisy, tokenizer_of(noisy), config, torch.device("cuda"))
+    loader = build_train_loader(noisy, tokenizer_of(noisy), config, torch.device("cuda"))
     _, groups = loader.collate_fn([loader.dataset[0, i] for i in range(14)])
     assert [len(ids) for ids, _ in groups] == sizes
 
@@ -1104,7 +1098,7 @@ def test_training_reads_with_four_processes_or_with_each_core_for_a_gpu_unless_t
     monkeypatch.setattr("os.cpu_count", lambda: cores)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(of_torchrun))
     config = Config(image_size=32, batch_size=4, num_workers=asked)
-    loader = training_loader(noisy, tokenizer_of(noisy), config, torch.device(device))
+    loader = build_train_loader(noisy, tokenizer_of(noisy), config, torch.device(device))
     assert (loader.num_workers, loader.persistent_workers) == (workers, workers > 0)
     assert loader.pin_memory == (device == "cuda")
 
@@ -1117,11 +1111,11 @@ def test_captions_longer_than_allowed_are_cut(noisy: Split):
 
 # ---------------------------------------------------------------- the demo's scenes
 
-KINDS = (SIZES, COLOURS, SHAPES, PLACES)
+KINDS = (SIZES, COLORS, SHAPES, PLACES)
 
 
 def scene_of(caption: str, kinds: tuple[dict, ...] = KINDS) -> frozenset[tuple[str, ...]]:
-    """The things that a caption tells of, each as its words of these kinds: (size, colour, shape, place)."""
+    """The things that a caption tells of, each as its words of these kinds: (size, color, shape, place)."""
     words = re.findall("|".join(word for kind in kinds for word in kind), caption)
     assert len(words) in (2 * len(kinds), 3 * len(kinds)), caption
     scene = frozenset(
@@ -1136,7 +1130,7 @@ def scene_of(caption: str, kinds: tuple[dict, ...] = KINDS) -> frozenset[tuple[s
 def many_scenes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Split]:
     """So many that equal ones would be among them if nobody looked."""
     folder = tmp_path_factory.mktemp("scenes") / "shapes"
-    draw_shapes(folder, train=1500, dev=100, test=100)
+    generate_shapes(folder, train=1500, dev=100, test=100)
     return read_splits(folder)
 
 
@@ -1170,22 +1164,22 @@ def test_no_two_scenes_are_equal_so_that_test_scenes_are_never_trained_on(
 
 def test_a_scene_shows_what_its_captions_say(many_scenes: dict[str, Split]):
     split = many_scenes["test"]
-    colours = {name: tuple(bytes.fromhex(code[1:])) for name, code in COLOURS.items()}
+    colors = {name: tuple(bytes.fromhex(code[1:])) for name, code in COLORS.items()}
     for path, captions in zip(split.paths[:40], split.captions):
-        pixels = read_picture(path)
-        things = {place: (size, colour) for size, colour, _, place in scene_of(captions[0])}
+        pixels = load_image(path)
+        things = {place: (size, color) for size, color, _, place in scene_of(captions[0])}
         for place, (x, y) in PLACES.items():
             cell = pixels[y - 18 : y + 18, x - 18 : x + 18].reshape(-1, 3)
             shown = Counter(map(tuple, cell.tolist()))
-            (size, colour) = things.pop(place, (None, None))
-            counts = {name: shown[code] for name, code in colours.items() if shown[code]}
-            assert list(counts) == ([colour] if colour else []), (path, place)
-            assert size is None or (counts[colour] > 350) == (size == "large"), (path, place)
+            (size, color) = things.pop(place, (None, None))
+            counts = {name: shown[code] for name, code in colors.items() if shown[code]}
+            assert list(counts) == ([color] if color else []), (path, place)
+            assert size is None or (counts[color] > 350) == (size == "large"), (path, place)
         assert not things
 
 
 def test_drawing_twice_gives_the_same_files(tmp_path: Path, shapes: Path):
-    draw_shapes(tmp_path / "again", train=48, dev=12, test=12)
+    generate_shapes(tmp_path / "again", train=48, dev=12, test=12)
     files = [
         sorted(path.relative_to(folder) for path in folder.rglob("*"))
         for folder in (shapes, tmp_path / "again")
@@ -1205,8 +1199,8 @@ def test_a_drawing_that_was_broken_off_is_never_taken_for_whole(
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr("data.csv.writer", killed)
-        draw_shapes(tmp_path / "shapes", train=8, dev=1, test=1)
+        generate_shapes(tmp_path / "shapes", train=8, dev=1, test=1)
     assert not (tmp_path / "shapes").exists()
-    draw_shapes(tmp_path / "shapes", train=8, dev=1, test=1)
+    generate_shapes(tmp_path / "shapes", train=8, dev=1, test=1)
     assert len(captions_in(read_splits(tmp_path / "shapes"))) == 10
     shutil.rmtree(tmp_path / "shapes")

@@ -25,14 +25,14 @@ from inference import (
     METRICS,
     Match,
     Searcher,
-    describe,
-    draw_matches,
+    format_metrics,
     main,
+    plot_matches,
     recall_at_k,
     retrieval_metrics,
     top_matches,
 )
-from models import read_weights
+from models import load_checkpoint
 
 FLAGS = ["--num-workers", "0", "--device", "cpu"]
 QUERIES = ["a large red circle at the top left", "one blue square, small, in the middle centre"]
@@ -44,10 +44,10 @@ RECALLS = [lambda ranks, k=k: 100 * np.mean(ranks <= k) for k in (1, 5, 10)]
 
 
 def naive_metrics(
-    images: np.ndarray, texts: np.ndarray, picture_of_text: list[int]
+    images: np.ndarray, texts: np.ndarray, image_of_text: list[int]
 ) -> dict[str, float]:
     """Ranks counted one by one; whatever scores the same as the right answer ranks before it."""
-    scores, of = (texts @ images.T).tolist(), picture_of_text
+    scores, of = (texts @ images.T).tolist(), image_of_text
     t2i = [sum(not other < row[of[i]] for other in row) for i, row in enumerate(scores)]
     i2t = []
     for j in range(len(images)):
@@ -61,15 +61,15 @@ def naive_metrics(
 def retrieval_cases(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, list[int]]:
     """Small whole numbers, so that scores are exact and often the same; 1 to 4 captions a picture, in any order."""
     counts = draw(st.lists(st.integers(1, 4), min_size=1, max_size=14))
-    picture_of_text = draw(
+    image_of_text = draw(
         st.permutations([picture for picture, count in enumerate(counts) for _ in range(count)])
     )
     rng = np.random.default_rng(draw(st.integers(0, 10_000)))
     images, texts = (
         rng.integers(-2, 3, (size, 3)).astype(np.float32)
-        for size in (len(counts), len(picture_of_text))
+        for size in (len(counts), len(image_of_text))
     )
-    return images, texts, picture_of_text
+    return images, texts, image_of_text
 
 
 @settings(max_examples=150, deadline=None)
@@ -108,9 +108,9 @@ def test_a_case_worked_out_by_hand_with_ties_and_unequal_captions() -> None:
 
 @pytest.mark.parametrize("value", [0.5, math.nan, math.inf])
 def test_a_model_that_tells_nothing_apart_scores_0(value: float) -> None:
-    picture_of_text = torch.arange(20).repeat_interleave(5)
+    image_of_text = torch.arange(20).repeat_interleave(5)
     metrics = retrieval_metrics(
-        torch.full((20, 4), value), torch.full((100, 4), value), picture_of_text
+        torch.full((20, 4), value), torch.full((100, 4), value), image_of_text
     )
     assert {metrics[name] for name in METRICS if "_r" in name} == {0.0}
     assert (metrics["t2i_medr"], metrics["i2t_medr"]) == (20, 96)
@@ -154,7 +154,7 @@ def test_the_top_matches_are_the_head_of_a_full_sort(n: int) -> None:
 def test_the_top_matches_are_exact_in_blocks_of_any_size(
     n: int, pictures: int, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inference, "SCORES_AT_ONCE", at_once)
+    monkeypatch.setattr(inference, "SCORES_PER_BLOCK", at_once)
     images = torch.randn(pictures, 16, generator=torch.Generator().manual_seed(n))
     scores, positions = top_matches(images[:3], images, n)
     expected, order = (images[:3] @ images.T).sort(descending=True)
@@ -172,7 +172,7 @@ def test_what_is_not_a_number_comes_first_in_a_large_index_so_that_it_is_noticed
 def test_the_memory_of_a_ranking_does_not_grow_with_the_index(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(inference, "SCORES_AT_ONCE", 2**16)
+    monkeypatch.setattr(inference, "SCORES_PER_BLOCK", 2**16)
     peaks = []
     for pictures in (20_000, 400_000):
         images = torch.zeros(1, 8).expand(pictures, 8).contiguous()
@@ -187,25 +187,25 @@ def test_the_memory_of_a_ranking_does_not_grow_with_the_index(
 
 
 @pytest.fixture
-def weights(trained: Path, workplace: Path) -> Path:
+def weights(trained: Path, workdir: Path) -> Path:
     """A weights file of one's own, without an index yet, in the current directory."""
-    return Path(shutil.copy(trained / "best.pt", workplace / "best.pt"))
+    return Path(shutil.copy(trained / "best.pt", workdir / "best.pt"))
 
 
 @pytest.fixture
-def pictures(shapes: Path, workplace: Path) -> Path:
+def pictures(shapes: Path, workdir: Path) -> Path:
     """Ten pictures, one of them in a folder of its own."""
-    (workplace / "pictures" / "more").mkdir(parents=True)
+    (workdir / "pictures" / "more").mkdir(parents=True)
     for i, source in enumerate(sorted((shapes / "Images").iterdir())[:10]):
-        shutil.copy(source, workplace / "pictures" / ("more" if i == 9 else "") / source.name)
-    return workplace / "pictures"
+        shutil.copy(source, workdir / "pictures" / ("more" if i == 9 else "") / source.name)
+    return workdir / "pictures"
 
 
 @pytest.fixture
 def embedded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the pictures that were run through the model since the list was last cleared."""
     names: list[str] = []
-    original = inference.embed_pictures
+    original = inference.encode_images
 
     def counted(
         encode_image: Callable, paths: list[Path], *rest: object, **options: object
@@ -213,7 +213,7 @@ def embedded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.extend(path.name for path in paths)
         return original(encode_image, paths, *rest, **options)
 
-    monkeypatch.setattr(inference, "embed_pictures", counted)
+    monkeypatch.setattr(inference, "encode_images", counted)
     return names
 
 
@@ -422,7 +422,7 @@ def test_an_index_of_pictures_that_were_embedded_another_way_is_made_anew(
 ) -> None:
     searched(weights, pictures)
     embedded.clear()
-    monkeypatch.setattr(inference, "SEARCH_SCALE", 8 / 7)
+    monkeypatch.setattr(inference, "EVAL_SCALE", 8 / 7)
     searched(weights, pictures)
     assert len(embedded) == 10
 
@@ -467,24 +467,24 @@ def test_pictures_that_cannot_be_read_are_skipped_counted_and_named(
 def test_no_process_is_forked_to_embed_on_the_cpu_unless_told_so(
     weights: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, asked: str, workers: int
 ) -> None:
-    seen, honest = [], inference.loader
+    seen, original = [], inference.build_loader
 
     def loader(dataset: object, number: int, *rest: object, **options: object) -> object:
         seen.append(number)
-        return honest(dataset, 0, *rest, **options)
+        return original(dataset, 0, *rest, **options)
 
-    monkeypatch.setattr(inference, "loader", loader)
+    monkeypatch.setattr(inference, "build_loader", loader)
     Searcher(weights, device="cpu", num_workers=int(asked)).search(["a red circle"], str(pictures))
     assert seen == [workers]
 
 
 @pytest.mark.parametrize("content", [{}, {"notes.txt": "no picture"}, {"broken.jpg": "no picture"}])
 def test_a_folder_without_a_readable_picture_is_an_error(
-    content: dict[str, str], weights: Path, workplace: Path
+    content: dict[str, str], weights: Path, workdir: Path
 ) -> None:
-    (workplace / "empty").mkdir()
+    (workdir / "empty").mkdir()
     for name, text in content.items():
-        (workplace / "empty" / name).write_text(text)
+        (workdir / "empty" / name).write_text(text)
     with pytest.raises(UserError, match=r"empty: .*picture"):
         searched(weights, "empty")
 
@@ -541,14 +541,14 @@ def test_the_command_prints_and_draws_n_matches_of_each_query(
 @pytest.mark.parametrize("queries", [1, 3])
 @pytest.mark.parametrize("n", [1, 2, 3, 8, 13, 25])
 def test_the_grid_shows_every_match_with_its_rank_score_name_and_query(
-    n: int, queries: int, shapes: Path, workplace: Path
+    n: int, queries: int, shapes: Path, workdir: Path
 ) -> None:
     paths = sorted((shapes / "Images").iterdir())[:n]
     matches = [
         [Match(f"query {q}", i + 1, 0.9 - i / 100, path) for i, path in enumerate(paths)]
         for q in range(queries)
     ]
-    figure = draw_matches(matches)
+    figure = plot_matches(matches)
     blocks = figure.subfigs or [figure]
     assert [block.get_suptitle() for block in blocks] == [row[0].query for row in matches]
     for row, block in zip(matches, blocks):
@@ -561,7 +561,7 @@ def test_without_a_query_the_weights_own_example_is_asked(
     weights: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(["--weights", str(weights), "--images", str(pictures), *FLAGS])
-    assert f"\n{read_weights(weights)['example_query']}\n" in capsys.readouterr().out
+    assert f"\n{load_checkpoint(weights)['example_query']}\n" in capsys.readouterr().out
 
 
 def test_without_a_folder_the_test_pictures_of_the_data_set_are_ranked(
@@ -597,7 +597,7 @@ def test_evaluate_prints_the_recalls_that_training_found(
     main(["--weights", str(trained / "best.pt"), "--evaluate", *FLAGS])
     metrics = json.loads((trained / "test.json").read_text())
     printed = capsys.readouterr().out
-    assert describe(metrics) in printed
+    assert format_metrics(metrics) in printed
     assert all(f"{metrics[name]:.1f}" in printed for name in METRICS if "_r" in name)
 
 

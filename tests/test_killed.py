@@ -208,9 +208,9 @@ def test_a_run_that_is_killed_and_resumed_equals_an_unbroken_one_bit_for_bit(
 
 
 def test_a_run_killed_between_its_last_weights_and_their_row_gets_the_row_with_the_resume(
-    trained, workplace, shapes
+    trained, workdir, shapes
 ):
-    run = shutil.copytree(trained, workplace / "runs" / "demo")
+    run = shutil.copytree(trained, workdir / "runs" / "demo")
     lines = (run / "metrics.csv").read_text().splitlines(keepends=True)
     (run / "metrics.csv").write_text("".join(lines[:-1]))
     main(["--resume", "runs/demo/last.pt", "--data-dir", str(shapes)])

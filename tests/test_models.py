@@ -35,22 +35,22 @@ from transformers import (
 from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 
 from config import Config, UserError
-from data import Transform, read_picture, stack, tokenize, write_whole
+from data import Transform, atomic_write, load_image, stack, tokenize
 from models import (
+    CHECKPOINT_FORMAT,
     CLIP,
-    FORMAT,
     ImageEncoder,
     TextEncoder,
     build_image_encoder,
+    build_wordpiece_tokenizer,
     contrastive_loss,
+    eval_image_size,
+    load_checkpoint,
     load_clip,
     load_text_encoder,
     load_tower,
-    pack_weights,
-    read_weights,
-    search_size,
+    make_checkpoint,
     text_encoder_from_scratch,
-    word_pieces_of,
 )
 
 
@@ -65,8 +65,9 @@ def embeddings(model: CLIP, tokenizer, config: Config) -> torch.Tensor:
 
 
 def saved(path: Path, model: CLIP, tokenizer, config: Config) -> Path:
-    write_whole(
-        path, lambda file: torch.save(pack_weights(model, tokenizer, config, "a red circle"), file)
+    atomic_write(
+        path,
+        lambda file: torch.save(make_checkpoint(model, tokenizer, config, "a red circle"), file),
     )
     return path
 
@@ -84,7 +85,7 @@ def packed(tiny: tuple, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def weights(packed: Path) -> dict:
     """The content of a weights file, for a test to tamper with."""
-    content = read_weights(packed)
+    content = load_checkpoint(packed)
     content["image_encoder"] = {
         **content["image_encoder"],
         "arguments": {**content["image_encoder"]["arguments"]},
@@ -105,7 +106,7 @@ def backbones(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         safe_serialization=True,
         model_args={"num_classes": 10, "in_chans": 3},
     )
-    words = word_pieces_of(CAPTIONS, 32)
+    words = build_wordpiece_tokenizer(CAPTIONS, 32)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", model_max_length=512
     )
@@ -209,10 +210,10 @@ def test_the_temperature_starts_at_0_07_and_the_scale_ends_at_100(tiny: tuple) -
     model = CLIP(tiny[0].image, tiny[0].text, Config.temperature)
     assert model.logit_scale.requires_grad
     assert model.logit_scale.exp().item() == pytest.approx(1 / 0.07)
-    model.clamp_temperature()
+    model.clamp_logit_scale()
     assert model.logit_scale.exp().item() == pytest.approx(1 / 0.07)
     model.logit_scale.data.fill_(9.0)
-    model.clamp_temperature()
+    model.clamp_logit_scale()
     assert model.logit_scale.exp().item() == pytest.approx(100)
 
 
@@ -255,7 +256,7 @@ def test_pixels_are_normalised_inside_the_model_as_timm_says(name: str) -> None:
 
 def test_the_width_of_an_encoder_is_read_from_what_it_returns() -> None:
     encoder = ImageEncoder("mobilenetv3_small_050", 64).eval()
-    assert encoder.width == encoder(pictures(CONFIG)).shape[-1] != encoder.model.num_features
+    assert encoder.feature_dim == encoder(pictures(CONFIG)).shape[-1] != encoder.model.num_features
 
 
 def test_measuring_the_width_leaves_batch_norm_as_it_was() -> None:
@@ -298,7 +299,7 @@ def test_blocks_of_the_image_encoder_are_skipped_in_training_alone_the_last_most
 def test_no_block_is_skipped_where_that_is_turned_off(name: str, tmp_path: Path) -> None:
     config = replace(CONFIG, image_encoder=name, image_size=224, drop_path=0.0)
     model, tokenizer = build(config)
-    again = load_clip(read_weights(saved(tmp_path / "w.pt", model, tokenizer, config)))
+    again = load_clip(load_checkpoint(saved(tmp_path / "w.pt", model, tokenizer, config)))
     assert not any(chances_to_skip(model.image.encoder))
     assert not any(chances_to_skip(again.image.encoder))
 
@@ -319,7 +320,7 @@ def test_weights_of_a_run_that_skips_blocks_go_on_skipping_as_their_config_says(
 ) -> None:
     config = replace(CONFIG, drop_path=0.3)
     model, tokenizer = build(config)
-    weights = read_weights(saved(tmp_path / "w.pt", model, tokenizer, config))
+    weights = load_checkpoint(saved(tmp_path / "w.pt", model, tokenizer, config))
     again = load_clip(weights)
     assert chances_to_skip(again.image.encoder) == chances_to_skip(model.image.encoder) != []
     assert torch.equal(embeddings(again, tokenizer, config), embeddings(model, tokenizer, config))
@@ -333,7 +334,7 @@ def test_weights_from_before_blocks_were_skipped_skip_none(packed: Path, tmp_pat
     content = torch.load(packed, weights_only=True)
     del content["config"]["drop_path"]
     torch.save(content, tmp_path / "old.pt")
-    weights = read_weights(tmp_path / "old.pt")
+    weights = load_checkpoint(tmp_path / "old.pt")
     assert weights["config"].drop_path == 0.0
     assert not any(chances_to_skip(load_tower(weights, "image").encoder))
 
@@ -343,7 +344,7 @@ def test_an_image_encoder_whose_blocks_cannot_be_skipped_is_one_line_with_the_wa
     with pytest.raises(UserError, match=r"--image-encoder ghostnet_050: .*--drop-path 0") as error:
         build_image_encoder(replace(config, drop_path=0.1))
     one_line(error)
-    assert build_image_encoder(replace(config, drop_path=0.0)).width == 1280
+    assert build_image_encoder(replace(config, drop_path=0.0)).feature_dim == 1280
 
 
 def test_pretrained_folders_load_with_the_very_weights_that_they_hold(
@@ -468,7 +469,7 @@ def test_saved_and_loaded_weights_give_the_same_embeddings(
     config = replace(CONFIG, image_encoder=image, text_encoder=text, temperature=0.05)
     model, tokenizer = build(config)
     model.logit_scale.data.fill_(3.3)
-    weights = read_weights(saved(tmp_path / "w.pt", model, tokenizer, config))
+    weights = load_checkpoint(saved(tmp_path / "w.pt", model, tokenizer, config))
     again = load_clip(weights)
     assert not again.training
     assert torch.equal(
@@ -497,41 +498,41 @@ def test_a_weights_file_holds_tensors_and_plain_values_alone(packed: Path) -> No
 
 
 def test_a_weights_file_names_no_place_on_the_machine_that_trained_it(
-    backbones: dict[str, Path], workplace: Path
+    backbones: dict[str, Path], workdir: Path
 ) -> None:
     config = replace(
         pretrained_config(backbones),
-        data_dir=str(workplace / "data"),
-        resume=str(workplace / "last.pt"),
+        data_dir=str(workdir / "data"),
+        resume=str(workdir / "last.pt"),
     )
     file = saved(Path("w.pt"), *build(config), config)
     with zipfile.ZipFile(file) as archive:
         content = b"".join(archive.read(name) for name in archive.namelist())
-    for secret in (str(workplace), *map(str, backbones.values()), str(Path.home()), "local-dir:"):
+    for secret in (str(workdir), *map(str, backbones.values()), str(Path.home()), "local-dir:"):
         assert secret.encode() not in content
 
 
 def test_a_weights_file_alone_rebuilds_the_model_in_a_new_process_without_a_network(
-    backbones: dict[str, Path], workplace: Path
+    backbones: dict[str, Path], workdir: Path
 ) -> None:
-    folders = {name: workplace / name for name in ("image", "text")}
+    folders = {name: workdir / name for name in ("image", "text")}
     for name, folder in folders.items():
         shutil.copytree(backbones[name], folder)
-    config = replace(pretrained_config(folders), data_dir=str(workplace / "data"))
+    config = replace(pretrained_config(folders), data_dir=str(workdir / "data"))
     model, tokenizer = build(config)
-    file = saved(workplace / "w.pt", model, tokenizer, config)
+    file = saved(workdir / "w.pt", model, tokenizer, config)
     for folder in folders.values():
         shutil.rmtree(folder)
-    (workplace / "mine").mkdir()
+    (workdir / "mine").mkdir()
     for i, pixels in enumerate(pictures(config)):
-        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(workplace / "mine" / f"{i}.png")
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(workdir / "mine" / f"{i}.png")
     asked = ["--images", "mine", "--num-workers", "0", "--device", "cpu", "--query", CAPTIONS[1]]
-    done = script("inference.py", "--weights", file.name, *asked, cwd=workplace, network=False)
+    done = script("inference.py", "--weights", file.name, *asked, cwd=workdir, network=False)
     assert done.returncode == 0, done.stderr
-    (index,) = (workplace / "w.index").glob("*.npy")
-    size = search_size(model.image, config)
+    (index,) = (workdir / "w.index").glob("*.npy")
+    size = eval_image_size(model.image, config)
     views = stack(
-        [Transform(size)(read_picture(path)) for path in sorted((workplace / "mine").iterdir())]
+        [Transform(size)(load_image(path)) for path in sorted((workdir / "mine").iterdir())]
     )
     with torch.no_grad():
         expected = model.encode_image(views)
@@ -556,7 +557,7 @@ def test_pictures_are_embedded_larger_than_training_crops_at_a_size_that_can_be_
 ):
     config = replace(CONFIG, image_encoder=encoder, image_size=image_size, augment=augment)
     model, _ = build(config)
-    assert search_size(model.image, config) == size
+    assert eval_image_size(model.image, config) == size
     assert model.encode_image(pictures(replace(config, image_size=size))).shape == (
         4,
         CONFIG.projection_dim,
@@ -586,10 +587,12 @@ class Hostile:
             lambda path: torch.save({"format": "clip weights 0"}, path), id="another format"
         ),
         pytest.param(
-            lambda path: torch.save({"format": FORMAT}, path), id="nothing but the format"
+            lambda path: torch.save({"format": CHECKPOINT_FORMAT}, path),
+            id="nothing but the format",
         ),
         pytest.param(
-            lambda path: torch.save({"format": FORMAT, "model": Hostile()}, path), id="hostile"
+            lambda path: torch.save({"format": CHECKPOINT_FORMAT, "model": Hostile()}, path),
+            id="hostile",
         ),
         pytest.param(lambda path: path.write_bytes(pickle.dumps(Hostile())), id="hostile pickle"),
         pytest.param(
@@ -599,16 +602,16 @@ class Hostile:
     ],
 )
 def test_what_is_not_a_weights_file_is_refused_in_one_line_and_never_run(
-    write, workplace: Path
+    write, workdir: Path
 ) -> None:
-    write(workplace / "w.pt")
-    with pytest.raises(UserError, match=re.escape(str(workplace / "w.pt"))) as error:
-        read_weights(workplace / "w.pt")
+    write(workdir / "w.pt")
+    with pytest.raises(UserError, match=re.escape(str(workdir / "w.pt"))) as error:
+        load_checkpoint(workdir / "w.pt")
     one_line(error)
-    assert not (workplace / "planted").exists()
+    assert not (workdir / "planted").exists()
 
 
-def test_the_hostile_file_would_do_harm_if_it_were_unpickled_carelessly(workplace: Path) -> None:
+def test_the_hostile_file_would_do_harm_if_it_were_unpickled_carelessly(workdir: Path) -> None:
     """Shown without unpickling: the file names a call and its argument, and that call does the harm."""
     operations = [
         (operation.name, argument)
@@ -619,7 +622,7 @@ def test_the_hostile_file_would_do_harm_if_it_were_unpickled_carelessly(workplac
     assert named == [call.__module__, call.__name__, *arguments]
     assert "REDUCE" in dict(operations)  # upon which whoever unpickles it makes the call
     call(*arguments)
-    assert (workplace / "planted").exists()
+    assert (workdir / "planted").exists()
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.999])
@@ -627,7 +630,7 @@ def test_a_cut_off_weights_file_is_refused(share: float, packed: Path, tmp_path:
     whole = packed.read_bytes()
     (tmp_path / "w.pt").write_bytes(whole[: int(share * len(whole))])
     with pytest.raises(UserError, match="not a whole weights file"):
-        read_weights(tmp_path / "w.pt")
+        load_checkpoint(tmp_path / "w.pt")
 
 
 @pytest.mark.parametrize("name", ["hf-hub:timm/resnet50", "local-dir:planted", "no_such_model"])
@@ -699,7 +702,7 @@ def test_writing_that_fails_midway_leaves_what_was_there(
 
     (tmp_path / "w.pt").write_text("former")
     with pytest.raises((UserError, KeyboardInterrupt)):
-        write_whole(tmp_path / "w.pt", write)
+        atomic_write(tmp_path / "w.pt", write)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"w.pt": "former"}
 
 
@@ -715,18 +718,18 @@ def test_a_reader_that_dies_while_weights_are_written_is_not_blamed_on_the_file(
 
     (tmp_path / "w.pt").write_text("former")
     with pytest.raises(RuntimeError, match=r"^DataLoader worker"):
-        write_whole(tmp_path / "w.pt", lambda file: save(Interrupted()))
+        atomic_write(tmp_path / "w.pt", lambda file: save(Interrupted()))
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"w.pt": "former"}
 
 
 def test_writing_replaces_what_was_there(tmp_path: Path) -> None:
     (tmp_path / "w.pt").write_text("former")
-    write_whole(tmp_path / "w.pt", lambda file: file.write(b"new"))
+    atomic_write(tmp_path / "w.pt", lambda file: file.write(b"new"))
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"w.pt": "new"}
 
 
 def test_the_same_captions_give_the_same_word_pieces() -> None:
-    vocabularies = [word_pieces_of(CAPTIONS, 64).get_vocab() for _ in range(5)]
+    vocabularies = [build_wordpiece_tokenizer(CAPTIONS, 64).get_vocab() for _ in range(5)]
     assert all(vocabulary == vocabularies[0] for vocabulary in vocabularies)
 
 
@@ -735,7 +738,7 @@ def test_a_text_encoder_is_as_wide_as_its_states(tiny: tuple) -> None:
     encoder: TextEncoder = model.text.encoder
     assert (
         encoder(*tokenize(tokenizer, CAPTIONS)).shape
-        == (4, encoder.width)
+        == (4, encoder.feature_dim)
         == (4, CONFIG.text_width)
     )
 

@@ -35,18 +35,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import trainer
 from config import Config, UserError, parse
-from data import EpochBatches
+from data import EpochBatchSampler
 from inference import main as search
-from models import contrastive_loss, read_weights
-from trainer import Process
+from models import contrastive_loss, load_checkpoint
+from trainer import Distributed
 
 CASES = {"gathered": [], "chunked": ["--chunk-size", "3"], "local": []}
 
 
 def five_steps(*flags: str) -> dict[str, list | dict]:
     """The losses of the whole batches, the gradients before each step, and the weights before and after all five."""
-    run = trainer.prepare(parse(Config, list(flags)), None)
-    trainer.training_mode(run.model, run.config)
+    run = trainer.setup(parse(Config, list(flags)), None)
+    trainer.set_train_mode(run.model, run.config)
     for module in run.model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -61,7 +61,7 @@ def five_steps(*flags: str) -> dict[str, list | dict]:
     )
     before = copies(parameters)
     losses = [trainer.train_step(run, *batch) for batch, _ in zip(run.loader, range(5))]
-    losses = trainer.read_losses(run, losses, first_step=1)
+    losses = trainer.reduce_losses(run, losses, first_step=1)
     return {"losses": losses, "gradients": gradients, "before": before, "after": copies(parameters)}
 
 
@@ -71,16 +71,16 @@ def copies(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def five_steps_of_each(cases: str, *flags: str) -> None:
     """What torchrun starts: all cases after one another, each process's into a file of its own."""
-    process = Process.join(Config(device="cpu"))
-    Process.join = lambda _: process
+    process = Distributed.init(Config(device="cpu"))
+    Distributed.init = lambda _: process
     for case in cases.split():
         if case == "local":  # without what the other processes have, the last of the cases
-            Process.gather = lambda _, rows: rows
+            Distributed.all_gather = lambda _, rows: rows
             trainer.contrastive_loss = lambda images, texts, scale, _: contrastive_loss(
                 images, texts, scale
             )
         torch.save(five_steps(*flags, *CASES[case]), f"{case}-{process.rank}.pt")
-    process.leave()
+    process.close()
 
 
 def second_dies(step: str, *flags: str) -> None:
@@ -190,19 +190,20 @@ def test_with_the_negatives_of_its_own_process_alone_it_would_be_another_trainin
 # ---------------------------------------------------------------- whose pairs
 
 
-def one_of(rank: int, count: int, device: str = "cpu") -> Process:
-    return Process(torch.device(device), torch.float32, rank, count)
+def one_of(rank: int, count: int, device: str = "cpu") -> Distributed:
+    return Distributed(torch.device(device), torch.float32, rank, count)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 12])
 def test_each_picture_of_a_batch_is_taken_by_one_process_alone(count: int):
-    whole = EpochBatches(50, 12, seed=3, rows=slice(None))
+    whole = EpochBatchSampler(50, 12, seed=3, rows=slice(None))
     shares = [
-        EpochBatches(50, 12, seed=3, rows=one_of(rank, count).rows(12)) for rank in range(count)
+        EpochBatchSampler(50, 12, seed=3, rows=one_of(rank, count).local_slice(12))
+        for rank in range(count)
     ]
     for epoch in range(3):
         for batches in (whole, *shares):
-            batches.epoch = epoch
+            batches.set_epoch(epoch)
         taken = [list(share) for share in shares]
         assert [list(chain(*batch)) for batch in zip(*taken, strict=True)] == list(whole)
         assert {len(batch) for share in taken for batch in share} == {12 // count}
@@ -219,7 +220,7 @@ def test_a_batch_that_cannot_be_shared_evenly_names_the_flag_and_the_number_of_p
         with pytest.raises(
             UserError, match=rf"--batch-size {batch_size}: .*\b{count} processes"
         ) as error:
-            one_of(rank, count).rows(batch_size)
+            one_of(rank, count).local_slice(batch_size)
         assert "\n" not in str(error.value)
 
 
@@ -231,7 +232,7 @@ def test_synchronised_batch_norm_keeps_the_names_and_values_of_the_weights(
     held = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad():
         before = model.encode_image(pictures(CONFIG))
-        assert one_of(0, 2, "cuda").replicate(model) is model
+        assert one_of(0, 2, "cuda").wrap_ddp(model) is model
         assert torch.equal(model.encode_image(pictures(CONFIG)), before)
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     assert norms
@@ -280,7 +281,7 @@ def test_two_processes_say_each_line_once(of_two):
 
 
 def test_the_weights_of_two_processes_are_asked_like_any_others(
-    of_two, workplace: Path, capsys: pytest.CaptureFixture
+    of_two, workdir: Path, capsys: pytest.CaptureFixture
 ):
     weights = of_two.folder / "runs/demo/best.pt"
     search(["--weights", str(weights), "--n", "3", "--num-workers", "0", "--device", "cpu"])
@@ -288,7 +289,7 @@ def test_the_weights_of_two_processes_are_asked_like_any_others(
 
 
 def test_a_batch_that_two_processes_cannot_share_is_one_line_before_anything_is_read(
-    workplace: Path, shapes: Path
+    workdir: Path, shapes: Path
 ):
     done = script(
         "trainer.py",
@@ -297,7 +298,7 @@ def test_a_batch_that_two_processes_cannot_share_is_one_line_before_anything_is_
         "9",
         "--data-dir",
         str(shapes),
-        cwd=workplace,
+        cwd=workdir,
         processes=2,
     )
     assert done.returncode != 0
@@ -307,18 +308,18 @@ def test_a_batch_that_two_processes_cannot_share_is_one_line_before_anything_is_
     assert len(said) == 1, done.stderr
     assert re.search(r"--batch-size 9: .*\b2 processes", said.pop())
     assert done.stdout == ""
-    assert names_in(workplace) == []
+    assert names_in(workdir) == []
 
 
 def test_a_run_begun_by_one_process_is_finished_by_two(
-    workplace: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
+    workdir: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
 ):
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(trainer, "contrastive_loss", at_step(STEPS + 1, KeyboardInterrupt()))
         trainer.main([*TINY, "--data-dir", str(shapes)])
     begun = curve(Path("runs/demo"))
     assert list(begun["epoch"]) == ["1"]
-    torchrun(2, "trainer.py", "--resume", "runs/demo/last.pt", cwd=workplace)
+    torchrun(2, "trainer.py", "--resume", "runs/demo/last.pt", cwd=workdir)
     assert_finished(Path("runs/demo"), begun)
 
 
@@ -333,11 +334,11 @@ def assert_finished(run: Path, begun: pd.DataFrame) -> None:
 
 
 @pytest.fixture
-def died(workplace: Path, shapes: Path) -> subprocess.CompletedProcess:
+def died(workdir: Path, shapes: Path) -> subprocess.CompletedProcess:
     """A training of two processes of which the second was killed in the midst of the second epoch."""
     flags = [*TINY, "--data-dir", str(shapes)]
     started = time.monotonic()
-    done = script(__file__, "second_dies", str(STEPS + 3), *flags, cwd=workplace, processes=2)
+    done = script(__file__, "second_dies", str(STEPS + 3), *flags, cwd=workdir, processes=2)
     done.seconds = time.monotonic() - started
     return done
 
@@ -348,7 +349,7 @@ def test_when_one_process_is_killed_all_end_and_one_goes_on_from_the_last_whole_
     assert died.seconds < 60
     for rank in range(2):
         assert not Path("/proc", Path(f"{rank}.pid").read_text()).exists()
-    assert len(read_weights("runs/demo/last.pt")["history"]) == 1
+    assert len(load_checkpoint("runs/demo/last.pt")["history"]) == 1
     begun = curve(Path("runs/demo"))
     trainer.main(["--resume", "runs/demo/last.pt"])
     assert_finished(Path("runs/demo"), begun)
@@ -358,15 +359,15 @@ def test_when_one_process_is_killed_all_end_and_one_goes_on_from_the_last_whole_
 
 
 def test_a_plain_training_makes_no_group_and_trains_the_model_itself(
-    workplace: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
+    workdir: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    seen, honest = [], trainer.train_step
+    seen, original = [], trainer.train_step
 
     def step(run: trainer.Run, *batch: object) -> Tensor:
         seen.append(
-            (dist.is_initialized(), run.replica is run.model, run.process.rank, run.process.count)
+            (dist.is_initialized(), run.ddp_model is run.model, run.dist.rank, run.dist.world_size)
         )
-        return honest(run, *batch)
+        return original(run, *batch)
 
     monkeypatch.setattr(trainer, "train_step", step)
     trainer.main([*TINY, "--epochs", "1", "--data-dir", str(shapes)])

@@ -15,7 +15,7 @@ from transformers import DistilBertConfig, DistilBertModel, PreTrainedTokenizerF
 
 import inference
 import trainer
-from models import word_pieces_of
+from models import build_wordpiece_tokenizer
 
 README = (ROOT / "README.md").read_text()
 PROGRAMS = ("benchmark", "comparison", "ablation")
@@ -63,7 +63,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, shapes: Path, trained: Path)
 
 def save_folders(for_timm: Path, for_transformers: Path) -> None:
     save_for_hf(timm.create_model("test_resnet"), for_timm, safe_serialization=True)
-    pieces = word_pieces_of(["a red circle at the top left"], max_length=32)
+    pieces = build_wordpiece_tokenizer(["a red circle at the top left"], max_length=32)
     named = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep")}
     PreTrainedTokenizerFast(tokenizer_object=pieces, **named).save_pretrained(for_transformers)
     config = DistilBertConfig(

@@ -26,17 +26,17 @@ from PIL import Image
 import data
 import inference
 import trainer
-from data import draw_shapes
+from data import generate_shapes
 from inference import Searcher
 from inference import main as search
-from models import read_weights
+from models import load_checkpoint
 from trainer import main as train
 
 SEARCH = ["--num-workers", "0", "--device", "cpu"]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for it")
 
 
-def last_words(main: Callable, *arguments: object) -> str:
+def error_message(main: Callable, *arguments: object) -> str:
     """The one line with which `main` ends in vain."""
     with pytest.raises(SystemExit) as stop:
         main([str(argument) for argument in arguments])
@@ -59,23 +59,23 @@ def assert_goes_on_as_if_nothing_had_been(run: Path, trained: Path) -> None:
 
 
 @pytest.fixture
-def own(workplace: Path, shapes: Path) -> Path:
+def own(workdir: Path, shapes: Path) -> Path:
     """A copy of the shapes that may be spoilt, `own` in the current directory."""
-    return shutil.copytree(shapes, workplace / "own")
+    return shutil.copytree(shapes, workdir / "own")
 
 
 @pytest.fixture
-def weights(trained: Path, workplace: Path) -> Path:
+def weights(trained: Path, workdir: Path) -> Path:
     """A weights file of one's own, without an index yet, in the current directory."""
-    return Path(shutil.copy(trained / "best.pt", workplace / "w.pt")).relative_to(workplace)
+    return Path(shutil.copy(trained / "best.pt", workdir / "w.pt")).relative_to(workdir)
 
 
 @pytest.fixture
-def pictures(shapes: Path, workplace: Path) -> Path:
+def pictures(shapes: Path, workdir: Path) -> Path:
     """A folder of four pictures, `pictures` in the current directory."""
-    (workplace / "pictures").mkdir()
+    (workdir / "pictures").mkdir()
     for source in sorted((shapes / "Images").iterdir())[:4]:
-        shutil.copy(source, workplace / "pictures")
+        shutil.copy(source, workdir / "pictures")
     return Path("pictures")
 
 
@@ -113,7 +113,7 @@ def test_a_disk_that_is_full_while_weights_are_saved_leaves_the_earlier_ones_who
     file: str,
     size_limit: Callable,
     trained: Path,
-    workplace: Path,
+    workdir: Path,
     shapes: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -121,29 +121,29 @@ def test_a_disk_that_is_full_while_weights_are_saved_leaves_the_earlier_ones_who
         "best.pt": 100_000,
         "last.pt": 6_000_000,
     }  # best.pt has 4 MB, and last.pt 12 MB after the first step
-    honest = trainer.validate
-    monkeypatch.setattr(trainer, "validate", lambda *a: (size_limit(sizes[file]), honest(*a))[1])
-    message = last_words(train, *TINY, "--data-dir", shapes)
+    original = trainer.validate
+    monkeypatch.setattr(trainer, "validate", lambda *a: (size_limit(sizes[file]), original(*a))[1])
+    message = error_message(train, *TINY, "--data-dir", shapes)
     assert f"runs/demo/{file}: could not be written, what was there stands: " in message
     assert epochs_in(Path("runs/demo/last.pt")) == 0
     size_limit(resource.RLIM_INFINITY)
-    monkeypatch.setattr(trainer, "validate", honest)
-    assert_goes_on_as_if_nothing_had_been(workplace / "runs/demo", trained)
+    monkeypatch.setattr(trainer, "validate", original)
+    assert_goes_on_as_if_nothing_had_been(workdir / "runs/demo", trained)
 
 
 @linux
 def test_a_file_system_that_is_really_full_ends_the_run_with_one_line(
-    workplace: Path, shapes: Path
+    workdir: Path, shapes: Path
 ) -> None:
-    (workplace / "runs").mkdir()
+    (workdir / "runs").mkdir()
     small_disk = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
     mount = "mount -t tmpfs -o size=20m tmpfs runs"
-    if subprocess.run([*small_disk, mount], cwd=workplace, capture_output=True).returncode:
+    if subprocess.run([*small_disk, mount], cwd=workdir, capture_output=True).returncode:
         pytest.skip("no file system can be mounted here")
     command = " ".join([sys.executable, str(ROOT / "trainer.py"), *TINY, "--data-dir", str(shapes)])
     done = subprocess.run(
         [*small_disk, f"{mount}; {command}; echo status $?; ls runs/demo; cp runs/demo/*.pt ."],
-        cwd=workplace,
+        cwd=workdir,
         capture_output=True,
         text=True,
     )
@@ -153,18 +153,18 @@ def test_a_file_system_that_is_really_full_ends_the_run_with_one_line(
     )
     assert "status 1" in done.stdout
     assert ".tmp" not in done.stdout
-    for file in workplace.glob("*.pt"):
-        read_weights(file)
-    assert epochs_in(workplace / "last.pt") < 2
+    for file in workdir.glob("*.pt"):
+        load_checkpoint(file)
+    assert epochs_in(workdir / "last.pt") < 2
 
 
 @pytest.mark.parametrize("name", ["runs", "runs/demo"])
 def test_a_file_in_the_place_of_the_run_folder_is_one_line(
-    name: str, workplace: Path, shapes: Path
+    name: str, workdir: Path, shapes: Path
 ) -> None:
-    (workplace / name).parent.mkdir(exist_ok=True)
-    (workplace / name).write_text("in the way")
-    assert "runs" in last_words(train, *TINY, "--data-dir", shapes)
+    (workdir / name).parent.mkdir(exist_ok=True)
+    (workdir / name).write_text("in the way")
+    assert "runs" in error_message(train, *TINY, "--data-dir", shapes)
 
 
 def dies(*_: object) -> None:
@@ -182,35 +182,35 @@ def test_a_loader_worker_that_dies_ends_training_with_one_line_and_nothing_lost(
     death: Callable,
     reading: str,
     trained: Path,
-    workplace: Path,
+    workdir: Path,
     shapes: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    pictures = data.TrainingPictures if reading == "training" else inference._Readable
-    honest = pictures.__getitem__
+    pictures = data.ImageCaptionDataset if reading == "training" else inference.ImageDataset
+    original = pictures.__getitem__
     started = os.getpid()
 
     def read(self: object, which: tuple[int, int] | int) -> object:
         second_epoch = epochs_in(Path("runs/demo/last.pt")) == 1
-        return death() if os.getpid() != started and second_epoch else honest(self, which)
+        return death() if os.getpid() != started and second_epoch else original(self, which)
 
     with monkeypatch.context() as patch:
         patch.setattr(pictures, "__getitem__", read)
-        message = last_words(train, *TINY, "--num-workers", "1", "--data-dir", shapes)
+        message = error_message(train, *TINY, "--num-workers", "1", "--data-dir", shapes)
     assert "died" in message
     assert "--num-workers 0" in message
     assert epochs_in(Path("runs/demo/last.pt")) == 1
-    assert_goes_on_as_if_nothing_had_been(workplace / "runs/demo", trained)
+    assert_goes_on_as_if_nothing_had_been(workdir / "runs/demo", trained)
 
 
 @pytest.mark.parametrize(
     "error", [ConnectionResetError(104, "reset by peer"), ConnectionRefusedError(111, "refused")]
 )
 def test_a_batch_whose_worker_died_before_it_was_fetched_is_one_line(
-    error: ConnectionError, workplace: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
+    error: ConnectionError, workdir: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trainer, "contrastive_loss", at_step(2, error))
-    message = last_words(train, *TINY, "--data-dir", shapes)
+    message = error_message(train, *TINY, "--data-dir", shapes)
     assert "died" in message
     assert "--num-workers 0" in message
 
@@ -219,8 +219,8 @@ def test_a_batch_whose_worker_died_before_it_was_fetched_is_one_line(
 def test_a_loader_worker_that_dies_ends_a_search_with_one_line(
     weights: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inference._Readable, "__getitem__", dies)
-    message = last_words(
+    monkeypatch.setattr(inference.ImageDataset, "__getitem__", dies)
+    message = error_message(
         search, "--weights", weights, "--images", pictures, "--num-workers", "1", "--device", "cpu"
     )
     assert "died" in message
@@ -229,7 +229,7 @@ def test_a_loader_worker_that_dies_ends_a_search_with_one_line(
 
 @linux
 def test_an_interrupt_from_the_keyboard_ends_with_one_line_that_says_how_to_go_on(
-    workplace: Path, shapes: Path
+    workdir: Path, shapes: Path
 ) -> None:
     flags = [*TINY, "--epochs", "100", "--num-workers", "2", "--data-dir", str(shapes)]
     with subprocess.Popen(
@@ -256,11 +256,11 @@ def resident_megabytes() -> float:
 
 
 @linux
-def test_memory_is_flat_over_fifty_epochs(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    draw_shapes(workplace / "few", train=8, dev=2, test=2)
-    used, honest = [], trainer.save_last
+def test_memory_is_flat_over_fifty_epochs(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generate_shapes(workdir / "few", train=8, dev=2, test=2)
+    used, original = [], trainer.save_checkpoint
     monkeypatch.setattr(
-        trainer, "save_last", lambda run: (honest(run), used.append(resident_megabytes()))
+        trainer, "save_checkpoint", lambda run: (original(run), used.append(resident_megabytes()))
     )
     train([*TINY, "--epochs", "50", "--data-dir", "few"])
     assert len(used) == 51
@@ -300,24 +300,26 @@ def runs_out(*_: object) -> None:
 
 
 def test_out_of_memory_in_training_is_one_line(
-    workplace: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
+    workdir: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trainer, "contrastive_loss", runs_out)
-    assert "--chunk-size 32" in last_words(train, *TINY, "--data-dir", shapes)
+    assert "--chunk-size 32" in error_message(train, *TINY, "--data-dir", shapes)
 
 
 def test_out_of_memory_in_a_search_is_one_line(
     weights: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inference.Tower, "forward", runs_out)
-    assert "--device cpu" in last_words(search, "--weights", weights, "--images", pictures, *SEARCH)
+    assert "--device cpu" in error_message(
+        search, "--weights", weights, "--images", pictures, *SEARCH
+    )
 
 
 # ---------------------------------------------------------------- a bug is a bug
 
 
 def test_a_bug_in_training_still_shows_its_traceback(
-    workplace: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
+    workdir: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def bug(*_: object) -> None:
         raise RuntimeError("a bug")
@@ -336,9 +338,9 @@ def test_a_bug_in_a_search_still_shows_its_traceback(
 
 
 def test_what_a_user_can_put_right_is_one_line_on_standard_error_and_status_1(
-    workplace: Path,
+    workdir: Path,
 ) -> None:
-    done = script("inference.py", "--weights", "absent.pt", cwd=workplace)
+    done = script("inference.py", "--weights", "absent.pt", cwd=workdir)
     assert (done.returncode, done.stdout, done.stderr) == (
         1,
         "",
@@ -414,7 +416,7 @@ def test_a_file_that_cannot_be_opened_stops_training_before_the_first_step_by_it
     else:
         picture.unlink()
         picture.symlink_to(picture.name if spoil == "a link to itself" else "nowhere.png")
-    assert last_words(train, *TINY, "--data-dir", "own").startswith(
+    assert error_message(train, *TINY, "--data-dir", "own").startswith(
         f"error: own/Images/{picture.name}: "
     )
     assert not Path("runs").exists()
@@ -503,7 +505,7 @@ def test_queries_from_a_pipe_that_holds_none_or_is_not_utf8_are_one_line(
     (tmp_path / "queries.txt").write_bytes(typed)
     with (tmp_path / "queries.txt").open(encoding="utf-8") as stdin:
         monkeypatch.setattr("sys.stdin", stdin)
-        message = last_words(
+        message = error_message(
             search, "--weights", weights, "--images", pictures, "--query", "-", *SEARCH
         )
     assert "--query" in message
@@ -517,7 +519,7 @@ def test_a_query_that_is_not_utf8_is_one_line(weights: Path, pictures: Path) -> 
 
 
 def test_two_processes_that_build_the_same_index_at_once_are_both_right(
-    weights: Path, shapes: Path, workplace: Path
+    weights: Path, shapes: Path, workdir: Path
 ) -> None:
     command = [
         sys.executable,
@@ -536,7 +538,7 @@ def test_two_processes_that_build_the_same_index_at_once_are_both_right(
     assert Path("0.csv").read_text() == Path("1.csv").read_text()
     assert sorted(path.suffix for path in Path("w.index").iterdir()) == [".json", ".npy"]
     searcher = Searcher(weights, "cpu", 0)
-    assert len(searcher.embed(str(shapes))[0]) == 72
+    assert len(searcher.index_images(str(shapes))[0]) == 72
     assert "image_tower" not in vars(searcher)  # nothing had to be embedded again
 
 
@@ -572,9 +574,9 @@ def test_weights_in_a_folder_of_someone_else_are_searched_and_the_index_is_not_k
 def test_a_listing_that_is_nested_without_end_is_made_anew(
     weights: Path, pictures: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    Searcher(weights, "cpu", 0).embed(str(pictures))
+    Searcher(weights, "cpu", 0).index_images(str(pictures))
     next(Path("w.index").glob("*.json")).write_text("[" * 100_000)
-    assert len(Searcher(weights, "cpu", 0).embed(str(pictures))[0]) == 4
+    assert len(Searcher(weights, "cpu", 0).index_images(str(pictures))[0]) == 4
     assert "made anew" in capsys.readouterr().out
 
 
@@ -658,7 +660,7 @@ def test_a_strangers_weights_that_name_a_model_elsewhere_are_refused_without_a_c
     where: str, value: object, weights: Path, pictures: Path, connections: list
 ) -> None:
     file = tampered(weights, where, value)
-    last_words(search, "--weights", file, "--images", pictures, *SEARCH)
+    error_message(search, "--weights", file, "--images", pictures, *SEARCH)
     assert connections == []
 
 
@@ -743,7 +745,7 @@ def test_weights_that_a_stranger_changed_are_refused_in_one_line(
 ) -> None:
     file = tampered(weights, where, value)
     asked = ["--query", "a"] if where == "tokenizer" else []
-    last_words(search, "--weights", file, "--images", pictures, *asked, *SEARCH)
+    error_message(search, "--weights", file, "--images", pictures, *asked, *SEARCH)
 
 
 def test_weights_without_a_temperature_are_refused_in_one_line(
@@ -751,7 +753,7 @@ def test_weights_without_a_temperature_are_refused_in_one_line(
 ) -> None:
     picture = next(pictures.iterdir())
     file = tampered(weights, "model/logit_scale", ...)
-    last_words(
+    error_message(
         search, "--weights", file, "--image", picture, "--query", "a", "--query", "b", *SEARCH
     )
 
@@ -761,12 +763,12 @@ def test_a_layer_count_out_of_proportion_is_refused_in_no_time(
 ) -> None:
     file = tampered(weights, "text_encoder/n_layers", 10**7)
     started = time.monotonic()
-    last_words(search, "--weights", file, "--images", pictures, *SEARCH)
+    error_message(search, "--weights", file, "--images", pictures, *SEARCH)
     assert time.monotonic() - started < 20
 
 
 def test_a_resumed_run_from_a_stranger_cannot_choose_where_data_comes_from(
-    trained: Path, workplace: Path, connections: list
+    trained: Path, workdir: Path, connections: list
 ) -> None:
     content = torch.load(trained / "last.pt", weights_only=True)
     content["config"] |= {
@@ -775,10 +777,10 @@ def test_a_resumed_run_from_a_stranger_cannot_choose_where_data_comes_from(
         "demo": False,
     }
     torch.save(content, "stranger.pt")
-    last_words(train, "--resume", "stranger.pt")
+    error_message(train, "--resume", "stranger.pt")
     assert "stranger.example" not in str(connections)
 
 
 def test_settings_survive_their_way_through_a_weights_file(trained: Path) -> None:
-    config = asdict(read_weights(trained / "best.pt")["config"])
+    config = asdict(load_checkpoint(trained / "best.pt")["config"])
     assert torch.load(trained / "best.pt", weights_only=True)["config"] == config

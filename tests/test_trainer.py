@@ -32,8 +32,8 @@ import trainer
 from config import Config, parse
 from data import read_splits
 from inference import evaluate
-from models import load_clip, read_weights, word_pieces_of
-from trainer import RECALLS, best_epoch, main, parameter_groups, warmup_then_cosine
+from models import build_wordpiece_tokenizer, load_checkpoint, load_clip
+from trainer import RECALLS, best_epoch, main, param_groups, warmup_then_cosine
 
 SMALL = [
     "--image-size",
@@ -51,7 +51,7 @@ METRICS = ["t2i_r1", "t2i_r5", "t2i_r10", "t2i_medr", "i2t_r1", "i2t_r5", "i2t_r
 COLUMNS = ["epoch", "seconds", "pairs_per_second", "lr", "train_loss", *METRICS]
 
 
-def last_words(*arguments: object) -> str:
+def error_message(*arguments: object) -> str:
     """The one line with which `trainer.py arguments` ends in vain."""
     with pytest.raises(SystemExit) as stop:
         main([str(argument) for argument in arguments])
@@ -107,17 +107,17 @@ def test_any_weights_file_can_be_asked_with_the_second_line_of_the_readme(demo):
     assert len(hits) == 8
 
 
-def test_without_a_network_or_a_cache_the_first_line_of_the_readme_says_what_to_do(workplace):
-    done = script("trainer.py", cwd=workplace, network=False)
+def test_without_a_network_or_a_cache_the_first_line_of_the_readme_says_what_to_do(workdir):
+    done = script("trainer.py", cwd=workdir, network=False)
     assert done.returncode != 0
     assert len(done.stderr.splitlines()) == 1, done.stderr
     for words in ("distilbert-base-uncased", "folder", "--no-pretrained", "--demo"):
         assert words in done.stderr
-    assert not (workplace / "data").exists()
-    assert not (workplace / "runs").exists()
+    assert not (workdir / "data").exists()
+    assert not (workdir / "runs").exists()
 
 
-def test_training_in_bfloat16_learns_on_a_cpu_too(workplace):
+def test_training_in_bfloat16_learns_on_a_cpu_too(workdir):
     flags = "--image-size 32 --batch-size 64 --epochs 1 --num-workers 0 --device cpu --precision bfloat16"
     depthwise = "mobilenetv3_small_050"  # of which some kernels are computed in float32
     done = script(
@@ -126,18 +126,18 @@ def test_training_in_bfloat16_learns_on_a_cpu_too(workplace):
         "--image-encoder",
         depthwise,
         *flags.split(),
-        cwd=workplace,
+        cwd=workdir,
         network=False,
     )
     assert done.returncode == 0, done.stderr
     assert "device: cpu, bfloat16" in done.stdout
-    table = pd.read_csv(workplace / "runs/demo/metrics.csv")
+    table = pd.read_csv(workdir / "runs/demo/metrics.csv")
     assert table["train_loss"][0] < 4.1  # chance: 4.159
-    kinds = {tensor.dtype for tensor in tensors(workplace / "runs/demo/best.pt").values()}
+    kinds = {tensor.dtype for tensor in tensors(workdir / "runs/demo/best.pt").values()}
     assert kinds <= {torch.float32, torch.int64}
 
 
-def test_depthwise_kernels_alone_are_computed_in_float32_then(workplace, shapes):
+def test_depthwise_kernels_alone_are_computed_in_float32_then(workdir, shapes):
     flags = [
         "--demo",
         *SMALL,
@@ -146,7 +146,7 @@ def test_depthwise_kernels_alone_are_computed_in_float32_then(workplace, shapes)
         "--image-encoder",
         "mobilenetv3_small_050",
     ]
-    image = trainer.prepare(parse(Config, flags), None).model.image
+    image = trainer.setup(parse(Config, flags), None).model.image
     kinds: dict[bool, set] = {True: set(), False: set()}
     for module in image.modules():
         if isinstance(module, torch.nn.Conv2d):
@@ -197,7 +197,7 @@ def test_the_curves_are_a_picture(trained):
 
 @pytest.mark.parametrize("split", ["dev", "test"])
 def test_the_best_weights_score_what_was_written_down(trained, shapes, split):
-    weights = read_weights(trained / "best.pt")
+    weights = load_checkpoint(trained / "best.pt")
     model, part, device = load_clip(weights), read_splits(shapes)[split], torch.device("cpu")
     scores = evaluate(
         model.image, model.text, weights["tokenizer"], part, weights["config"], device
@@ -211,7 +211,7 @@ def test_the_best_weights_score_what_was_written_down(trained, shapes, split):
 
 
 def test_the_best_weights_are_those_of_the_largest_sum_of_recalls_and_not_the_last(
-    workplace, shapes, monkeypatch
+    workdir, shapes, monkeypatch
 ):
     scales = []
 
@@ -272,11 +272,11 @@ STOPPED_BY_SIGTERM = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
 import trainer
-honest, steps = trainer.contrastive_loss, iter(range(1, 100))
+original, steps = trainer.contrastive_loss, iter(range(1, 100))
 def loss(*batch):
     if next(steps) == {step}:
         os.kill(os.getpid(), signal.SIGTERM)
-    return honest(*batch)
+    return original(*batch)
 trainer.contrastive_loss = loss
 trainer.main()
 """
@@ -311,13 +311,13 @@ def test_sigterm_ends_a_run_with_one_line_that_says_how_to_go_on(stopped):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(
-    unbroken, stopped, workplace, shapes, workers
+    unbroken, stopped, workdir, shapes, workers
 ):
-    shutil.copytree(stopped.folder / "runs", workplace / "runs")
+    shutil.copytree(stopped.folder / "runs", workdir / "runs")
     flags = ["--num-workers", str(workers), "--data-dir", str(shapes)]
-    done = script("trainer.py", "--resume", "runs/demo/last.pt", *flags, cwd=workplace)
+    done = script("trainer.py", "--resume", "runs/demo/last.pt", *flags, cwd=workdir)
     assert done.returncode == 0, done.stderr
-    resumed = workplace / "runs" / "demo"
+    resumed = workdir / "runs" / "demo"
     for weights in ("last.pt", "best.pt"):
         assert_same_tensors(resumed / weights, unbroken / weights)
     pd.testing.assert_frame_equal(curve(resumed), curve(unbroken))
@@ -327,28 +327,28 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(
 
 @pytest.mark.parametrize("step", [1, STEPS + 2])
 def test_resume_alone_takes_everything_from_the_file_its_run_folder_included(
-    trained, workplace, shapes, monkeypatch, step
+    trained, workdir, shapes, monkeypatch, step
 ):
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "contrastive_loss", at_step(step, KeyboardInterrupt()))
-        assert "runs/mine/last.pt" in last_words(*TINY, "--name", "mine", "--data-dir", shapes)
+        assert "runs/mine/last.pt" in error_message(*TINY, "--name", "mine", "--data-dir", shapes)
     main(["--resume", "runs/mine/last.pt"])
-    assert names_in(workplace / "runs") == ["mine"]
-    assert names_in(workplace / "runs/mine") == FILES
-    assert_same_tensors(workplace / "runs/mine/last.pt", trained / "last.pt")
-    pd.testing.assert_frame_equal(curve(workplace / "runs/mine"), curve(trained))
+    assert names_in(workdir / "runs") == ["mine"]
+    assert names_in(workdir / "runs/mine") == FILES
+    assert_same_tensors(workdir / "runs/mine/last.pt", trained / "last.pt")
+    pd.testing.assert_frame_equal(curve(workdir / "runs/mine"), curve(trained))
 
 
 def test_last_pt_is_there_before_the_first_step_with_everything_to_go_on(
-    workplace, shapes, monkeypatch
+    workdir, shapes, monkeypatch
 ):
     monkeypatch.setattr(trainer, "contrastive_loss", at_step(1, KeyboardInterrupt()))
-    last_words(*TINY, "--data-dir", shapes)
-    last = read_weights("runs/demo/last.pt")
+    error_message(*TINY, "--data-dir", shapes)
+    last = load_checkpoint("runs/demo/last.pt")
     assert {"optimizer", "schedule", "scaler", "history"} <= last.keys()
     assert last["history"] == []
-    assert names_in(workplace / "runs/demo") == ["last.pt", "metrics.csv"]
-    assert (workplace / "runs/demo/metrics.csv").read_text().strip() == ",".join(COLUMNS)
+    assert names_in(workdir / "runs/demo") == ["last.pt", "metrics.csv"]
+    assert (workdir / "runs/demo/metrics.csv").read_text().strip() == ",".join(COLUMNS)
 
 
 @pytest.mark.parametrize(
@@ -364,100 +364,98 @@ def test_last_pt_is_there_before_the_first_step_with_everything_to_go_on(
     ],
 )
 def test_a_flag_that_contradicts_the_resumed_run_is_refused_with_both_values(
-    trained, workplace, flags, asked, saved
+    trained, workdir, flags, asked, saved
 ):
-    message = last_words("--resume", trained / "last.pt", *flags)
+    message = error_message("--resume", trained / "last.pt", *flags)
     assert f"{asked}:" in message
     assert f" {saved};" in message
-    assert names_in(workplace) == []
+    assert names_in(workdir) == []
 
 
 def test_a_resumed_run_may_have_other_data_folder_device_and_workers(
-    trained, workplace, shapes, capsys
+    trained, workdir, shapes, capsys
 ):
-    shutil.copytree(trained, workplace / "runs/demo")
-    moved = shutil.copytree(shapes, workplace / "moved")
+    shutil.copytree(trained, workdir / "runs/demo")
+    moved = shutil.copytree(shapes, workdir / "moved")
     flags = ["--data-dir", "moved", "--device", "cpu", "--num-workers", "1", "--epochs", "2"]
     main(["--resume", "runs/demo/last.pt", *flags])
     printed = capsys.readouterr().out
     assert "data_dir='moved'" in printed
     assert "num_workers=1" in printed
     assert moved.is_dir()
-    assert (workplace / "runs/demo/test.json").read_text() == (trained / "test.json").read_text()
+    assert (workdir / "runs/demo/test.json").read_text() == (trained / "test.json").read_text()
 
 
-def test_a_run_begun_without_a_scaler_goes_on_with_one(stopped, workplace, shapes, monkeypatch):
-    shutil.copytree(stopped.folder / "runs", workplace / "runs")
-    made, honest = [], torch.amp.GradScaler
+def test_a_run_begun_without_a_scaler_goes_on_with_one(stopped, workdir, shapes, monkeypatch):
+    shutil.copytree(stopped.folder / "runs", workdir / "runs")
+    made, original = [], torch.amp.GradScaler
     monkeypatch.setattr(
-        torch.amp, "GradScaler", lambda device, enabled: made.append(honest(device)) or made[0]
+        torch.amp, "GradScaler", lambda device, enabled: made.append(original(device)) or made[0]
     )
     main(["--resume", "runs/demo/last.pt", "--data-dir", str(shapes)])
-    assert len(curve(workplace / "runs/demo")) == 3
-    assert read_weights("runs/demo/last.pt")["scaler"] == made[0].state_dict()
+    assert len(curve(workdir / "runs/demo")) == 3
+    assert load_checkpoint("runs/demo/last.pt")["scaler"] == made[0].state_dict()
 
 
-def test_best_pt_is_not_to_be_resumed_from(trained, workplace):
-    message = last_words("--resume", trained / "best.pt")
+def test_best_pt_is_not_to_be_resumed_from(trained, workdir):
+    message = error_message("--resume", trained / "best.pt")
     assert "best.pt" in message
     assert "last.pt" in message
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no weights"])
-def test_a_file_to_resume_that_is_absent_or_none_of_ours_is_named(workplace, content):
+def test_a_file_to_resume_that_is_absent_or_none_of_ours_is_named(workdir, content):
     if content is not None:
         Path("mine.pt").write_bytes(content)
-    assert "mine.pt" in last_words("--resume", "mine.pt")
+    assert "mine.pt" in error_message("--resume", "mine.pt")
 
 
-def test_a_run_is_resumed_with_its_whole_folder(trained, workplace, shapes):
-    shutil.copytree(trained, workplace / "runs/demo")
+def test_a_run_is_resumed_with_its_whole_folder(trained, workdir, shapes):
+    shutil.copytree(trained, workdir / "runs/demo")
     Path("runs/demo/best.pt").unlink()
-    assert "best.pt" in last_words("--resume", "runs/demo/last.pt", "--data-dir", shapes)
+    assert "best.pt" in error_message("--resume", "runs/demo/last.pt", "--data-dir", shapes)
 
 
 @pytest.mark.parametrize(
     "flags", [["--name", "mine"], ["--demo", "--name", "mine"], ["--name", "demo"]]
 )
-def test_a_run_that_can_go_on_is_never_overwritten(workplace, shapes, flags):
-    last = workplace / "runs" / flags[-1] / "last.pt"
+def test_a_run_that_can_go_on_is_never_overwritten(workdir, shapes, flags):
+    last = workdir / "runs" / flags[-1] / "last.pt"
     last.parent.mkdir(parents=True)
     last.write_bytes(b"precious")
-    message = last_words(*flags, "--no-pretrained", "--data-dir", shapes, *SMALL)
+    message = error_message(*flags, "--no-pretrained", "--data-dir", shapes, *SMALL)
     assert "--resume" in message
     assert "--name" in message
     assert last.read_bytes() == b"precious"
 
 
-def test_the_demo_starts_over_in_its_own_folder(workplace, shapes, monkeypatch):
-    folder = workplace / "runs/demo"
+def test_the_demo_starts_over_in_its_own_folder(workdir, shapes, monkeypatch):
+    folder = workdir / "runs/demo"
     folder.mkdir(parents=True)
     for name in FILES:
         (folder / name).write_bytes(b"of an earlier demo")
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "contrastive_loss", at_step(1, KeyboardInterrupt()))
-        last_words(*TINY, "--data-dir", shapes)
+        error_message(*TINY, "--data-dir", shapes)
     assert b"of an earlier demo" not in {path.read_bytes() for path in folder.iterdir()}
 
 
 # ---------------------------------------------------------------- seeds, own data, pretrained folders
 
 
-def test_the_same_seed_gives_the_same_run_and_another_seed_another(trained, workplace, shapes):
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(trained, workdir, shapes):
     main([*TINY, "--data-dir", str(shapes)])
-    pd.testing.assert_frame_equal(curve(workplace / "runs/demo"), curve(trained))
+    pd.testing.assert_frame_equal(curve(workdir / "runs/demo"), curve(trained))
     main([*TINY, "--data-dir", str(shapes), "--seed", "1"])
-    assert set(curve(workplace / "runs/demo")["train_loss"]).isdisjoint(
-        curve(trained)["train_loss"]
-    )
+    assert set(curve(workdir / "runs/demo")["train_loss"]).isdisjoint(curve(trained)["train_loss"])
 
 
-def test_pictures_with_any_names_and_any_number_of_captions_can_be_trained_on(workplace, shapes):
+def test_pictures_with_any_names_and_any_number_of_captions_can_be_trained_on(workdir, shapes):
     pictures = sorted((shapes / "Images").iterdir())[:30]
     rows = []
     for number, picture in enumerate(pictures):
         name = f"holiday 2019/Zoë, no. {number}.PNG" if number % 2 else f"{number}.a.png"
-        target = workplace / "my pictures/Images" / name
+        target = workdir / "my pictures/Images" / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(picture, target)
         rows += [(name, f'picture {number}, "seen" {time} times') for time in range(1 + number % 4)]
@@ -477,7 +475,7 @@ def test_pictures_with_any_names_and_any_number_of_captions_can_be_trained_on(wo
             *SMALL,
         ]
     )
-    assert names_in(workplace / "runs/mine") == FILES
+    assert names_in(workdir / "runs/mine") == FILES
 
 
 @pytest.fixture(scope="module")
@@ -494,7 +492,7 @@ def backbones(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Iterato
     captions = [
         caption for captions in read_splits(shapes)["train"].captions for caption in captions
     ]
-    plain = word_pieces_of(captions, 64)
+    plain = build_wordpiece_tokenizer(captions, 64)
     special = {
         "unk_token": "[UNK]",
         "pad_token": "[PAD]",
@@ -533,15 +531,15 @@ def compared(weights: Path, backbones: list[str], part: str) -> dict[str, bool]:
 
 
 def test_training_moves_both_pretrained_encoders_but_not_batch_norm_statistics(
-    workplace, shapes, backbones
+    workdir, shapes, backbones
 ):
     whole = ["--freeze-image-encoder", "0", "--freeze-text-encoder", "0"]
     main([*backbones, *whole, "--data-dir", str(shapes), *SMALL])
-    image = compared(workplace / "runs/clip/best.pt", backbones, "image")
+    image = compared(workdir / "runs/clip/best.pt", backbones, "image")
     statistics = {name for name in image if "running_" in name or "num_batches_tracked" in name}
     assert {"running_mean", "running_var"} <= {name.rpartition(".")[2] for name in statistics}
     assert {name for name, unchanged in image.items() if unchanged} == statistics
-    text = compared(workplace / "runs/clip/best.pt", backbones, "text")
+    text = compared(workdir / "runs/clip/best.pt", backbones, "text")
     moved = [name for name, unchanged in text.items() if not unchanged]
     assert any("attention" in name for name in moved)
     assert any("word_embeddings" in name for name in moved)
@@ -549,11 +547,11 @@ def test_training_moves_both_pretrained_encoders_but_not_batch_norm_statistics(
 
 @pytest.mark.parametrize("still", ["image", "text"])
 def test_an_encoder_whose_rate_is_nought_stays_as_its_folder_has_it(
-    workplace, shapes, backbones, still
+    workdir, shapes, backbones, still
 ):
     main([*backbones, f"--{still}-lr", "0", "--data-dir", str(shapes), *SMALL])
     for part in ("image", "text"):
-        unchanged = compared(workplace / "runs/clip/best.pt", backbones, part).values()
+        unchanged = compared(workdir / "runs/clip/best.pt", backbones, part).values()
         assert all(unchanged) == (part == still)
 
 
@@ -568,11 +566,11 @@ def test_batch_norm_statistics_move_when_training_from_scratch(trained):
 
 
 def test_heads_and_encoders_have_rates_of_their_own_and_only_matrices_decay(trained):
-    model = load_clip(read_weights(trained / "best.pt"))
+    model = load_clip(load_checkpoint(trained / "best.pt"))
     frozen = next(model.text.encoder.parameters()).requires_grad_(False)
     rates = {"image": 0.1, "text": 0.2, "head": 0.3}
     config = Config(image_lr=0.1, text_lr=0.2, head_lr=0.3, weight_decay=0.4)
-    groups = parameter_groups(model, config)
+    groups = param_groups(model, config)
     found = [
         (id(p), group["lr"], group["weight_decay"]) for group in groups for p in group["params"]
     ]
@@ -612,70 +610,70 @@ def test_halfway_down_the_cosine_a_rate_is_half_its_peak():
 
 @pytest.mark.parametrize(("step", "value"), [(2, "nan"), (STEPS + 3, "inf")])
 def test_a_loss_that_is_no_number_stops_the_run_and_leaves_the_state_before(
-    trained, workplace, shapes, monkeypatch, step, value
+    trained, workdir, shapes, monkeypatch, step, value
 ):
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "contrastive_loss", at_step(step, float(value)))
-        assert f"step {step}:" in last_words(*TINY, "--data-dir", shapes)
-    assert len(read_weights("runs/demo/last.pt")["history"]) == step // STEPS
+        assert f"step {step}:" in error_message(*TINY, "--data-dir", shapes)
+    assert len(load_checkpoint("runs/demo/last.pt")["history"]) == step // STEPS
     main(["--resume", "runs/demo/last.pt"])
-    assert_same_tensors(workplace / "runs/demo/last.pt", trained / "last.pt")
+    assert_same_tensors(workdir / "runs/demo/last.pt", trained / "last.pt")
 
 
-def test_a_training_split_smaller_than_a_batch_names_the_flag(workplace, shapes):
-    message = last_words(*TINY, "--batch-size", "49", "--data-dir", shapes)
+def test_a_training_split_smaller_than_a_batch_names_the_flag(workdir, shapes):
+    message = error_message(*TINY, "--batch-size", "49", "--data-dir", shapes)
     assert "--batch-size 49" in message
     assert "48" in message
-    assert names_in(workplace) == []
+    assert names_in(workdir) == []
 
 
 @pytest.mark.parametrize("flags", [["--demo"], ["--no-pretrained"], ["--demo", "--no-pretrained"]])
 def test_a_data_folder_that_was_given_and_is_absent_is_an_error_and_nothing_is_created(
-    workplace, flags
+    workdir, flags
 ):
-    message = last_words(*flags, "--data-dir", "data/flickr8", *SMALL)
+    message = error_message(*flags, "--data-dir", "data/flickr8", *SMALL)
     assert "data/flickr8" in message
-    assert names_in(workplace) == []
+    assert names_in(workdir) == []
 
 
 @pytest.mark.parametrize("flag", ["--image-encoder", "--text-encoder"])
 def test_pretrained_weights_that_cannot_be_fetched_stop_before_data_is_read(
-    workplace, backbones, flag, capsys
+    workdir, backbones, flag, capsys
 ):
     absent = {
         "--image-encoder": "hf-hub:nobody/no-such-model",
         "--text-encoder": "nobody/no-such-model",
     }[flag]
-    message = last_words(*backbones, flag, absent, *SMALL)
+    message = error_message(*backbones, flag, absent, *SMALL)
     for words in (absent, "folder", "--no-pretrained", "--demo"):
         assert words in message.replace("FOLDER", "folder")
     assert "data:" not in capsys.readouterr().out
-    assert names_in(workplace) == []
+    assert names_in(workdir) == []
 
 
 @pytest.fixture
-def own_shapes(workplace: Path, shapes: Path) -> Path:
+def own_shapes(workdir: Path, shapes: Path) -> Path:
     """A copy of the shapes that may be spoilt."""
-    return shutil.copytree(shapes, workplace / "own")
+    return shutil.copytree(shapes, workdir / "own")
 
 
 @pytest.mark.parametrize("split", ["train", "dev", "test"])
 def test_a_picture_without_a_sound_header_stops_training_before_the_first_step(
-    workplace, own_shapes, split
+    workdir, own_shapes, split
 ):
     picture = read_splits(own_shapes)[split].paths[-1]
     picture.write_bytes(b"not a picture" * 20)
-    assert str(picture.relative_to(workplace)) in last_words(*TINY, "--data-dir", "own")
-    assert names_in(workplace) == ["own"]
+    assert str(picture.relative_to(workdir)) in error_message(*TINY, "--data-dir", "own")
+    assert names_in(workdir) == ["own"]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_truncated_picture_stops_training_when_it_is_read(workplace, own_shapes, workers):
+def test_a_truncated_picture_stops_training_when_it_is_read(workdir, own_shapes, workers):
     picture = read_splits(own_shapes)["train"].paths[20]
     whole = picture.read_bytes()
     picture.write_bytes(whole[: len(whole) // 2])
-    message = last_words(*TINY, "--num-workers", workers, "--data-dir", "own")
-    assert str(picture.relative_to(workplace)) in message
+    message = error_message(*TINY, "--num-workers", workers, "--data-dir", "own")
+    assert str(picture.relative_to(workdir)) in message
     assert "Traceback" not in message
 
 
@@ -685,7 +683,7 @@ def test_a_truncated_picture_stops_training_when_it_is_read(workplace, own_shape
 @pytest.mark.parametrize("which", ["image", "text"])
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_the_frozen_share_of_an_encoder_stays_as_its_folder_has_it(
-    workplace, shapes, backbones, which, share
+    workdir, shapes, backbones, which, share
 ):
     """Counted in tensors from the input; all the rest learns, but for batch-norm statistics."""
     shares = {"image": 0.0, "text": 0.0} | {which: share}
@@ -694,9 +692,9 @@ def test_the_frozen_share_of_an_encoder_stays_as_its_folder_has_it(
     ]
     main([*backbones, *flags, "--data-dir", str(shapes), *SMALL])
     for part, of_it in shares.items():
-        unchanged = compared(workplace / "runs/clip/best.pt", backbones, part)
+        unchanged = compared(workdir / "runs/clip/best.pt", backbones, part)
         encoder = getattr(
-            load_clip(read_weights(workplace / "runs/clip/best.pt")), part
+            load_clip(load_checkpoint(workdir / "runs/clip/best.pt")), part
         ).encoder.model
         in_order = [name for name, _ in encoder.named_parameters()]
         frozen = round(of_it * len(in_order))
@@ -705,7 +703,7 @@ def test_the_frozen_share_of_an_encoder_stays_as_its_folder_has_it(
         assert all(unchanged[name] for name, _ in encoder.named_buffers() if name in unchanged)
 
 
-def test_an_encoder_from_scratch_learns_whole(workplace, shapes):
+def test_an_encoder_from_scratch_learns_whole(workdir, shapes):
     main(
         [
             *TINY,
@@ -717,15 +715,15 @@ def test_an_encoder_from_scratch_learns_whole(workplace, shapes):
             "1",
         ]
     )
-    first, last = weights_before(workplace, shapes), tensors(workplace / "runs/demo/last.pt")
+    first, last = weights_before(workdir, shapes), tensors(workdir / "runs/demo/last.pt")
     still = {name for name in first if torch.equal(first[name], last[name])}
     assert not [name for name in still if ".encoder.model." in name and name.endswith("weight")]
 
 
-def weights_before(workplace: Path, shapes: Path) -> dict[str, Tensor]:
+def weights_before(workdir: Path, shapes: Path) -> dict[str, Tensor]:
     """The weights before the first step of the same run."""
     at_once = at_step(1, KeyboardInterrupt())
     with pytest.MonkeyPatch.context() as patched, pytest.raises(SystemExit):
         patched.setattr(trainer, "contrastive_loss", at_once)
         main([*TINY, "--data-dir", str(shapes), "--name", "first"])
-    return tensors(workplace / "runs/first/last.pt")
+    return tensors(workdir / "runs/first/last.pt")

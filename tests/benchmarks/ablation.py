@@ -86,21 +86,21 @@ def change(name: str) -> Callable:
 def large_crops(whole: Callable = data.Transform.__init__) -> None:
     def init(self: data.Transform, size: int) -> None:
         whole(self, size)
-        self.augment.transforms[0].scale = (0.6, 1.0)
+        self.augmentation.transforms[0].scale = (0.6, 1.0)
 
     data.Transform.__init__ = init
 
 
 @change("embedded at the size of training")
 def embedded_no_larger() -> None:
-    inference.search_size = lambda image, config: config.image_size
+    inference.eval_image_size = lambda image, config: config.image_size
 
 
 @change("words hidden, 0.15")
 def hidden_words() -> None:
     """BERT's [MASK] in the place of a word of the drawn caption, with this chance."""
 
-    class WithHiddenWords(data.TrainingPictures):
+    class WithHiddenWords(data.ImageCaptionDataset):
         def __getitem__(self, epoch_and_picture: tuple[int, int]) -> tuple[np.ndarray, str]:
             pixels, caption = super().__getitem__(epoch_and_picture)
             rng = np.random.default_rng((self.seed, *epoch_and_picture, 1))
@@ -108,7 +108,7 @@ def hidden_words() -> None:
                 "[MASK]" if rng.random() < 0.15 else word for word in caption.split()
             )
 
-    data.TrainingPictures = WithHiddenWords
+    data.ImageCaptionDataset = WithHiddenWords
 
 
 @change("average and maximum pooled")
@@ -120,7 +120,7 @@ def both_pooled(whole: Callable = models.ImageEncoder.__init__) -> None:
 
 
 @change("text rates x 0.8 a layer, from the last to the first")
-def rates_by_layer(whole: Callable = trainer.parameter_groups) -> None:
+def rates_by_layer(whole: Callable = trainer.param_groups) -> None:
     def groups(model: models.CLIP, config: Config) -> list[dict[str, Any]]:
         below = {}  # how many layers a tensor of the text encoder has above it
         for name, tensor in model.text.encoder.named_parameters():
@@ -134,7 +134,7 @@ def rates_by_layer(whole: Callable = trainer.parameter_groups) -> None:
             for tensor in group["params"]
         ]
 
-    trainer.parameter_groups = groups
+    trainer.param_groups = groups
 
 
 @change("linear heads")
@@ -160,7 +160,7 @@ def first_token() -> None:
 
 @change("batch statistics trained")
 def batch_statistics() -> None:
-    trainer.training_mode = lambda model, config: model.train()
+    trainer.set_train_mode = lambda model, config: model.train()
 
 
 @change("two captions a picture")
@@ -170,14 +170,14 @@ def two_captions(
     """The mean of two losses over the same pixels: texts come as (2B, D), first captions before second ones."""
 
     def draw(
-        self: data.TrainingPictures, epoch_and_picture: tuple[int, int]
+        self: data.ImageCaptionDataset, epoch_and_picture: tuple[int, int]
     ) -> tuple[np.ndarray, list[str]]:
         epoch, picture = epoch_and_picture
         rng = np.random.default_rng((self.seed, epoch, picture))
         captions = rng.permutation(self.split.captions[picture])[:2].tolist()
-        pixels = data.read_picture(self.split.paths[picture])
+        pixels = data.load_image(self.split.paths[picture])
         # A caption with "left" or "right" forbids the mirror, here to both.
-        return self.transform.draw(pixels, " ".join(captions), rng), captions
+        return self.transform.augment(pixels, " ".join(captions), rng), captions
 
     def collate_both(
         items: list[tuple[np.ndarray, list[str]]], tokenizer: Tokenizer, group_size: int
@@ -195,7 +195,7 @@ def two_captions(
     ) -> Tensor:
         return sum(loss(images, captions, logit_scale) for captions in texts.chunk(2)) / 2
 
-    data.TrainingPictures.__getitem__, data.collate = draw, collate_both
+    data.ImageCaptionDataset.__getitem__, data.collate = draw, collate_both
     trainer.contrastive_loss = mean_loss
 
 
@@ -233,16 +233,20 @@ def label_smoothing() -> None:
 
 
 @change("hardest negatives, margin 0.2, added")
-def hardest_negatives(honest: Callable = models.contrastive_loss) -> None:
+def hardest_negatives(original: Callable = models.contrastive_loss) -> None:
     """VSE++ (arXiv 1707.05612) on top of the contrastive loss."""
 
     def loss(
         images: Tensor, texts: Tensor, logit_scale: Tensor, rows: slice = slice(None)
     ) -> Tensor:
-        cosines = images @ texts.T  # (B, D) @ (D, B)
-        right, wrong = cosines.diag(), cosines - 2 * torch.eye(len(cosines), device=cosines.device)
+        cosine_similarity = images @ texts.T  # (B, D) @ (D, B)
+        right, wrong = (
+            cosine_similarity.diag(),
+            cosine_similarity
+            - 2 * torch.eye(len(cosine_similarity), device=cosine_similarity.device),
+        )
         hinges = [(0.2 + wrong.amax(dim) - right).relu().mean() for dim in (0, 1)]
-        return honest(images, texts, logit_scale) + sum(hinges)
+        return original(images, texts, logit_scale) + sum(hinges)
 
     trainer.contrastive_loss = loss
 
@@ -314,7 +318,7 @@ def run(options: Namespace) -> list[str]:
     config = parse(Config, ["--data-dir", options.data_dir, *encoders, *flags])
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        training = trainer.prepare(config, None)
+        training = trainer.setup(config, None)
         started = time.perf_counter()
         for epoch in range(config.epochs):
             loss = trainer.train_epoch(training, epoch)

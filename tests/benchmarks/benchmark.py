@@ -208,10 +208,10 @@ def ours(options: Namespace, pair: str, steps: str) -> dict[str, float]:
     import trainer
 
     config = training_config(options, pair)
-    run = trainer.prepare(config, None)
-    run.loader.batch_sampler.pictures = int(steps) * config.batch_size
+    run = trainer.setup(config, None)
+    run.loader.batch_sampler.num_images = int(steps) * config.batch_size
     batches = list(
-        trainer.training_loader(run.splits["train"], run.tokenizer, config, run.process.device)
+        trainer.build_train_loader(run.splits["train"], run.tokenizer, config, run.dist.device)
     )[: int(steps)]
 
     def bare() -> None:
@@ -325,7 +325,7 @@ def step(options: Namespace, batch: str, chunk: str) -> dict[str, float]:
     from models import contrastive_loss, pick_device
 
     pick_device("cpu")
-    model, _, _ = stand_ins(options)
+    model, _, _ = small_encoders(options)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     pixels = torch.randint(256, (int(batch), 3, 128, 128), dtype=torch.uint8)
@@ -351,7 +351,7 @@ def step(options: Namespace, batch: str, chunk: str) -> dict[str, float]:
     return result
 
 
-def stand_ins(options: Namespace):
+def small_encoders(options: Namespace):
     """The small encoders as one model, with their tokeniser and settings."""
     import torch
 
@@ -488,8 +488,8 @@ def embed(options: Namespace, encoder: str, size: str, pictures: str) -> dict[st
     import torch
 
     from config import Config, SearchConfig
-    from data import Transform, read_picture, read_splits, stack
-    from inference import embed_pictures
+    from data import Transform, load_image, read_splits, stack
+    from inference import encode_images
     from models import ImageEncoder, Tower, pick_device
 
     device = pick_device("cpu")
@@ -501,7 +501,7 @@ def embed(options: Namespace, encoder: str, size: str, pictures: str) -> dict[st
     paths = read_splits(options.data_dir)["train"].paths[: int(pictures)]
     transform = Transform(int(size))
     batches = [
-        stack([transform(read_picture(path)) for path in paths[i : i + 64]])
+        stack([transform(load_image(path)) for path in paths[i : i + 64]])
         for i in range(0, len(paths), 64)
     ]
 
@@ -511,7 +511,7 @@ def embed(options: Namespace, encoder: str, size: str, pictures: str) -> dict[st
             tower(pixels)
 
     bare()
-    works = {"ours": lambda: embed_pictures(tower, paths, config, device), "bare": bare}
+    works = {"ours": lambda: encode_images(tower, paths, config, device), "bare": bare}
     times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(3):
         for name, work in works.items():
@@ -565,11 +565,11 @@ def save_weights(options: Namespace) -> dict[str, int]:
     import torch
 
     from data import read_splits
-    from models import pack_weights
+    from models import make_checkpoint
 
-    model, tokenizer, config = stand_ins(options)
+    model, tokenizer, config = small_encoders(options)
     torch.save(
-        pack_weights(model, tokenizer, replace(config, data_dir=options.data_dir), "a dog"),
+        make_checkpoint(model, tokenizer, replace(config, data_dir=options.data_dir), "a dog"),
         "weights.pt",
     )
     return {"pictures": len(read_splits(options.data_dir)["test"].paths)}

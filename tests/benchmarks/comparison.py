@@ -93,7 +93,7 @@ def main() -> None:
 # ---------------------------------------------------------------- the evaluator
 
 
-def recalls(images: np.ndarray, texts: np.ndarray, picture_of_text: np.ndarray) -> dict[str, float]:
+def recalls(images: np.ndarray, texts: np.ndarray, image_of_text: np.ndarray) -> dict[str, float]:
     """Recall@K in percent, both ways, from embeddings (N, D) and (M, D) of any length and each text's picture (M,).
 
     One query at a time: everything is sorted by cosine, wrong answers before right ones of the same cosine, and the
@@ -113,8 +113,8 @@ def recalls(images: np.ndarray, texts: np.ndarray, picture_of_text: np.ndarray) 
 
     numbers = np.arange(len(images))
     ways = {
-        "t2i": found(texts, images, lambda text: numbers == picture_of_text[text]),
-        "i2t": found(images, texts, lambda image: picture_of_text == image),
+        "t2i": found(texts, images, lambda text: numbers == image_of_text[text]),
+        "i2t": found(images, texts, lambda image: image_of_text == image),
     }
     return {
         f"{way}_r{k}": 100 * float(np.mean(first < k)) for way, first in ways.items() for k in K
@@ -136,12 +136,10 @@ def score(
     def embed(encode: Callable[[list], torch.Tensor], items: list) -> np.ndarray:
         return torch.cat([encode(items[i : i + 100]) for i in range(0, len(items), 100)]).numpy()
 
-    picture_of_text = np.repeat(
+    image_of_text = np.repeat(
         np.arange(len(part.paths)), [len(captions) for captions in part.captions]
     )
-    return recalls(
-        embed(encode_images, part.paths), embed(encode_texts, part.texts), picture_of_text
-    )
+    return recalls(embed(encode_images, part.paths), embed(encode_texts, part.texts), image_of_text)
 
 
 # ---------------------------------------------------------------- the three programs
@@ -152,18 +150,18 @@ def trainer_py(options: Namespace, weights_path: str, folder: Path) -> dict:
     are those of `metrics.csv`."""
     import pandas as pd
 
-    from data import Transform, read_picture, stack, tokenize
-    from models import load_clip, read_weights, search_size
+    from data import Transform, load_image, stack, tokenize
+    from models import eval_image_size, load_checkpoint, load_clip
 
-    weights = read_weights(weights_path)
+    weights = load_checkpoint(weights_path)
     config, model = weights["config"], load_clip(weights)
-    transform = Transform(search_size(model.image, config))
+    transform = Transform(eval_image_size(model.image, config))
     if config.image_size != options.image_size:
         sys.exit(
             f"{weights_path}: trained at {config.image_size} px; give --image-size {config.image_size}"
         )
     metrics = score(
-        lambda paths: model.encode_image(stack(transform(read_picture(path)) for path in paths)),
+        lambda paths: model.encode_image(stack(transform(load_image(path)) for path in paths)),
         lambda texts: model.encode_text(*tokenize(weights["tokenizer"], texts)),
         options.data_dir,
         options.split,
