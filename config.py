@@ -1,145 +1,84 @@
-"""Every setting of training (`Config`) and of searching (`SearchConfig`), the command lines made of them, and the
-machine they run on: its device, its processes, its memory, its files.
+"""Settings of training (`Config`) and search (`SearchConfig`), and their command lines.
 
 python trainer.py --help
 python inference.py --help
 """
 
+import functools
 import io
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-import torch
-import torch.distributed as dist
+import tyro
 from tqdm import tqdm
-from transformers import HfArgumentParser
-from transformers.hf_argparser import HfArg
+from tyro.conf import DisallowNone, UseAppendAction
 
 FLICKR8K_URL = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k/"
-NUM_WORKERS = "processes that read ahead; 0: none; -1: on the CPU 4 to train, 0 to embed, else one a core, 4 to 16"
-WORKER = "DataLoader worker"  # so torch calls it in its errors
-DEVICE = "auto: cuda where there is one, else mps, else cpu; or a name such as cuda:1"
+OUTPUT_FORMATS = (".png", ".jpg", ".jpeg", ".pdf", ".svg", ".csv")
+WORKER = "DataLoader worker"  # how torch's error messages name a worker process
 
 
 class UserError(Exception):
-    """What the user can put right; `cli_errors` prints it without a traceback."""
+    """An error that the user can fix. `cli_errors` prints it as one line, without a traceback."""
 
     def __init__(self, message: str):
-        if message.startswith(
-            f"Caught UserError in {WORKER}"
-        ):  # inside its traceback, as the last line
+        if message.startswith(f"Caught UserError in {WORKER}"):
+            # The DataLoader raises a worker's error again in the main process, with the worker's
+            # traceback as its message. The last line of that is the original error.
             message = message.strip().splitlines()[-1].removeprefix("config.UserError: ")
         super().__init__(" ".join(message.splitlines()))
 
 
+# Each field is a flag; the comment behind it is the flag's help text.
+
+
 @dataclass(frozen=True)
 class Config:
-    """What defines a training run. It travels inside the weights."""
+    """Settings of a training run. They are saved in its checkpoints."""
 
     # data
-    data_dir: str = HfArg(
-        default="data/flickr8k",
-        help="folder with pictures and captions; README shows both layouts. The default one is fetched when absent",
-    )
-    download_url: str = HfArg(
-        default=FLICKR8K_URL, help="where the two Flickr8k archives are fetched from"
-    )
-    image_size: int = HfArg(
-        default=224, help="side of training pictures, in pixels; what the encoders saw before"
-    )
-    max_length: int = HfArg(
-        default=64, help="longer captions are cut, in tokens; Flickr8k's are up to 42 long"
-    )
-    augment: bool = HfArg(
-        default=True, help="crop, mirror and recolour training pictures, so that few go further"
-    )
-    num_workers: int = HfArg(default=-1, help=NUM_WORKERS)
+    data_dir: str = "data/flickr8k"  # folder of images and captions; the default is downloaded
+    download_url: str = FLICKR8K_URL  # where the two Flickr8k archives are downloaded from
+    image_size: int = 224  # side of the training images in pixels
+    max_length: int = 64  # longer captions are truncated to this number of tokens
+    augment: bool = True  # random crop, horizontal flip and color jitter of the training images
+    num_workers: int = -1  # DataLoader workers; -1: 4 on the CPU, one per core (4 to 16) on a GPU
     # model
-    image_encoder: str = HfArg(
-        default="resnet50",
-        help="a timm model, or local-dir:FOLDER as timm saves one; ResNet-50 as in the paper",
+    image_encoder: str = "resnet50"  # name of a timm model, or local-dir:FOLDER
+    text_encoder: str = "distilbert-base-uncased"  # name or folder of a transformers text encoder
+    pretrained: bool = True  # start from pretrained encoders
+    freeze_image_encoder: float = 0.5  # fraction of a pretrained image encoder frozen, input first
+    freeze_text_encoder: float = 0.0  # fraction of a pretrained text encoder frozen, input first
+    text_layers: int = 0  # layers of a text encoder from scratch; 0: the architecture's default
+    text_width: int = 0  # hidden size of a text encoder from scratch; 0: the default
+    projection_dim: int = 256  # embedding dimension
+    dropout: float = 0.3  # dropout rate of the projection heads
+    drop_path: float = 0.1  # stochastic depth rate of the image encoder
+    temperature: float = 0.07  # initial value of the learned temperature (paper, section 2.4)
+    # optimization
+    epochs: int = 28  # passes over the images, each with one caption sampled per image
+    batch_size: int = 128  # pairs per step, over all processes; more pairs, more negatives
+    chunk_size: int = 0  # pairs per forward pass: large batches in less memory, slower; 0: all
+    image_lr: float = 2e-4  # peak learning rate of the image encoder
+    text_lr: float = 1e-4  # peak learning rate of the text encoder
+    head_lr: float = 1e-3  # peak learning rate of the projection heads and the temperature
+    weight_decay: float = 0.1  # AdamW's weight decay, applied to matrices only
+    warmup: float = 0.1  # fraction of the steps with linear warmup, before the cosine decay
+    clip_norm: float = 1.0  # gradient-norm clip
+    # run
+    name: str = "clip"  # the run is saved in runs/NAME
+    seed: int = 0  # the same seed gives the same run
+    device: str = "auto"  # auto: cuda, mps or cpu, whichever is there; or a name such as cuda:1
+    precision: Literal["auto", "float32", "bfloat16"] = (
+        "auto"  # auto: 16 bits on CUDA, else float32
     )
-    text_encoder: str = HfArg(
-        default="distilbert-base-uncased",
-        help="a transformers text encoder, by name or folder; DistilBERT is BERT at half the cost",
-    )
-    pretrained: bool = HfArg(
-        default=True, help="start from pretrained encoders: few pairs cannot teach what they know"
-    )
-    freeze_image_encoder: float = HfArg(
-        default=0.5,
-        help="share of a pretrained image encoder, in tensors from the pixels on, that stays, for speed; 1: all",
-    )
-    freeze_text_encoder: float = HfArg(
-        default=0.0, help="the same of a text encoder; 0, as all of it pays (README)"
-    )
-    text_layers: int = HfArg(
-        default=0, help="layers of a text encoder from scratch; 0: as its architecture has"
-    )
-    text_width: int = HfArg(
-        default=0, help="width of a text encoder from scratch; 0: as its architecture has"
-    )
-    projection_dim: int = HfArg(
-        default=256, help="width of the space that pictures and texts share"
-    )
-    dropout: float = HfArg(
-        default=0.3, help="share of the projection heads' activations dropped in training"
-    )
-    drop_path: float = HfArg(
-        default=0.1, help="highest chance to skip an image encoder's block; against overfitting"
-    )
-    temperature: float = HfArg(
-        default=0.07, help="start of the learnt temperature, as in the paper (section 2.4)"
-    )
-    # optimisation
-    epochs: int = HfArg(
-        default=28, help="passes over the pictures, each with another caption drawn"
-    )
-    batch_size: int = HfArg(
-        default=128, help="pairs per step, of all processes; each has the others as negatives"
-    )
-    chunk_size: int = HfArg(
-        default=0,
-        help="pairs of a process whose activations are in memory at a time, for larger batches; a fifth slower; 0: all",
-    )
-    image_lr: float = HfArg(
-        default=2e-4, help="peak learning rate of the image encoder: pretrained, so slow"
-    )
-    text_lr: float = HfArg(
-        default=1e-4, help="peak learning rate of the text encoder: pretrained, so slow"
-    )
-    head_lr: float = HfArg(
-        default=1e-3, help="peak learning rate of projection heads and temperature: new, so fast"
-    )
-    weight_decay: float = HfArg(default=0.1, help="AdamW's decay, on matrices only")
-    warmup: float = HfArg(
-        default=0.1, help="share of the steps over which the rates rise before their cosine decay"
-    )
-    clip_norm: float = HfArg(
-        default=1.0, help="longest gradient; a rare bad batch moves the weights no further"
-    )
-    # the run
-    name: str = HfArg(default="clip", help="the run is kept in runs/NAME")
-    seed: int = HfArg(
-        default=0, help="start of every random draw: the same seed gives the same run"
-    )
-    device: str = HfArg(default="auto", help=DEVICE)
-    precision: str = HfArg(
-        default="auto",
-        help="of the encoders in training: float32, or bfloat16, in which some CPUs take half the time (README); "
-        "auto: bfloat16 on CUDA, or float16 where that lacks it, else float32",
-    )
-    demo: bool = HfArg(
-        default=False, help="draw a small data set and train small encoders on it: two CPU minutes"
-    )
-    resume: str = HfArg(
-        default="", help="go on from this last.pt, with its settings; may start on another machine"
-    )
+    demo: bool = False  # train small encoders on generated shapes, two minutes on a CPU
+    resume: str = ""  # resume the run of this last.pt with its settings
 
     def __post_init__(self) -> None:
         _check_ranges(
@@ -167,25 +106,19 @@ class Config:
             seed=(0, 2**32 - 1),
         )
         if self.precision not in ("auto", "float32", "bfloat16"):
-            raise ValueError(
-                f"argument --precision: {self.precision!r}, but it is auto, float32 or bfloat16"
-            )
+            raise ValueError(f"--precision {self.precision!r}: must be auto, float32 or bfloat16")
         if self.chunk_size == 1:
-            raise ValueError(
-                "argument --chunk-size: 1, but batch norm needs two pictures at least; or 0 for all"
-            )
+            raise ValueError("--chunk-size 1: batch norm needs at least 2 images; 0 is all of them")
         if self.name in ("", ".", "..") or "/" in self.name or "\\" in self.name:
-            raise ValueError(
-                f"argument --name: {self.name!r} is not a folder name; runs/NAME must be a folder of runs"
-            )
+            raise ValueError(f"--name {self.name!r}: must be the name of a folder inside runs")
 
 
 DEMO_DEFAULTS = {
     "data_dir": "data/shapes",
     "name": "demo",
     "image_size": 64,
-    "augment": False,  # a crop, a mirror or another hue would make the captions of coloured shapes false
-    "image_encoder": "test_resnet",  # a third of a million parameters
+    "augment": False,  # crop, flip and jitter would make captions such as "top left" false
+    "image_encoder": "test_resnet",  # 0.3 million parameters
     "text_encoder": "distilbert",
     "pretrained": False,
     "text_layers": 2,
@@ -193,148 +126,121 @@ DEMO_DEFAULTS = {
     "dropout": 0.0,
     "drop_path": 0.0,
     "epochs": 7,
-    "image_lr": 1e-3,  # nothing is pretrained here, so nothing needs to be slow
+    "image_lr": 1e-3,  # nothing is pretrained, so the encoders learn as fast as the heads
     "text_lr": 1e-3,
     "num_workers": 2,
+    "demo": True,
 }
 
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """What is asked of trained weights."""
+    """Settings of a search with a trained model."""
 
-    weights: str = HfArg(help="best.pt or last.pt of a run")
-    n: int = HfArg(
-        default=8, help="pictures to show for each query; eight fill two rows of the grid"
-    )
-    query: list[str] = HfArg(
-        default_factory=list,
-        metadata={"action": "extend"},
-        help="what to look for; may be repeated; - reads a line each from standard input. Without one: a caption that "
-        "the weights carry as their example",
-    )
-    images: str = HfArg(
-        default="",
-        help="folder of pictures to rank; without one: the test pictures of the data set",
-    )
-    image: str = HfArg(
-        default="", help="the other way round: which --query, or else which caption, fits this file"
-    )
-    output: str = HfArg(
-        default="matches.png",
-        help="by its ending a picture (.png, .jpg, .pdf, .svg) or a table (.csv)",
-    )
-    evaluate: bool = HfArg(
-        default=False, help="print the recalls on the data set's test split instead"
-    )
-    num_workers: int = HfArg(default=-1, help=NUM_WORKERS)
-    device: str = HfArg(default="auto", help=DEVICE)
+    weights: Path  # checkpoint of a run: best.pt or last.pt
+    n: int = 8  # number of images to show for each query
+    query: UseAppendAction[list[str]] = field(
+        default_factory=list
+    )  # search text; - reads stdin lines
+    images: Path | None = None  # folder of images to search; default: the data set's test images
+    image: Path | None = None  # rank the queries, or else the test captions, for this image file
+    output: Path = Path("matches.png")  # .png, .jpg, .pdf or .svg for a figure, .csv for a table
+    evaluate: bool = False  # print the recalls on the data set's test split
+    num_workers: int = -1  # DataLoader workers; -1: none on the CPU, one per core on a GPU
+    device: str = "auto"  # auto: cuda, mps or cpu, whichever is there; or a name such as cuda:1
 
     def __post_init__(self) -> None:
         _check_ranges(self, n=(1, 1_000_000), num_workers=(-1, 256))
         if not all(query.strip() for query in self.query):
-            raise ValueError("argument --query: empty, but some words are needed")
+            raise ValueError("--query: is empty, but needs at least one word")
         if "-" in self.query and len(self.query) > 1:
-            raise ValueError(
-                "argument --query: - reads all queries from standard input, so it stands alone"
-            )
-        if any("\ud800" <= letter <= "\udfff" for letter in "".join(self.query)):
-            raise ValueError("argument --query: not UTF-8")
-        if Path(self.output).suffix.lower() not in (
-            ".png",
-            ".jpg",
-            ".jpeg",
-            ".pdf",
-            ".svg",
-            ".csv",
-        ):
-            raise ValueError(
-                f"argument --output: {self.output}, but it must end in .png, .jpg, .pdf, .svg or .csv"
-            )
+            raise ValueError("--query -: reads all queries from stdin and excludes other queries")
+        if re.search("[\ud800-\udfff]", "".join(self.query)):  # undecodable bytes of the argument
+            raise ValueError("--query: is not UTF-8")
+        if self.output.suffix.lower() not in OUTPUT_FORMATS:
+            raise ValueError(f"--output {self.output}: must end in {', '.join(OUTPUT_FORMATS)}")
 
 
 def _check_ranges(settings: Any, **ranges: tuple[float, float]) -> None:
-    """Refuses, by its flag, a setting outside [low, high]; not-a-number is outside of all."""
+    """Raises `ValueError` for a setting outside [low, high]; NaN is outside every range."""
     for name, (low, high) in ranges.items():
         value = getattr(settings, name)
         if not low <= value <= high:
-            raise ValueError(
-                f"argument --{name.replace('_', '-')}: {value}, but {low} to {high} is allowed"
-            )
-
-
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> None:
-        """argparse's own error without the usage, which here is longer than a screen."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} {value}: must be between {low} and {high}")
 
 
 Settings = TypeVar("Settings", Config, SearchConfig)
 
 
 def parse(
-    settings: type[Settings],
-    argv: list[str] | None = None,
-    defaults: Mapping[str, Any] | None = None,
+    settings: type[Settings], argv: list[str] | None = None, default: Settings | None = None
 ) -> Settings:
-    """Turns a command line (default: `sys.argv`) into `settings`.
+    """Parses a command line (`sys.argv` if None) into `settings`.
 
-    `defaults` replace those of the class (a resumed run's, the demo's), never a flag that was given.
-    Ends the process with status 2 and one line for an unknown flag or an impossible value.
+    The fields of `default`, such as the settings of a resumed run, replace the defaults of the
+    class, but never a flag that is given. Exits with status 2 and a message on an unknown flag,
+    with the nearest known one, and on an invalid value.
     """
-    parser = _Parser(settings, description=settings.__doc__, allow_abbrev=False)
-    parser.set_defaults(**(defaults or {}))
-    try:
-        parsed, rest = parser.parse_args_into_dataclasses(
-            args=argv, return_remaining_strings=True, look_for_args_file=False
-        )
-    except ValueError as error:
-        parser.error(str(error))
-    if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)} (--help lists what is allowed)")
-    if settings is Config and parsed.demo and defaults is None:
-        return parse(settings, argv, DEMO_DEFAULTS)
+    cli = functools.partial(tyro.cli, settings, args=argv, config=(DisallowNone,))
+    if default is not None:
+        return cli(default=default)
+    parsed = cli()
+    if isinstance(parsed, Config) and parsed.demo:
+        return cli(default=Config(**DEMO_DEFAULTS))
     return parsed
 
 
 def cli_errors(main: Callable[..., None]) -> Callable[..., None]:
-    """Ends a script with one line and status 1 on a `UserError`; a bug still shows its traceback."""
+    """Decorates a script's `main`: an error the user can fix is one line, with exit status 1.
 
+    Any other exception is a bug and keeps its traceback.
+    """
+
+    @functools.wraps(main)
     def script(argv: list[str] | None = None) -> None:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(
-                    errors="backslashreplace"
-                )  # a file may have a name that no terminal can show
+                stream.reconfigure(errors="backslashreplace")  # some file names are not UTF-8
         try:
             main(argv)
         except UserError as error:
             sys.exit(f"error: {error}")
-        except torch.OutOfMemoryError as error:
-            advice = "try --chunk-size 32 in training, --device cpu in search"
-            sys.exit(f"error: out of memory, {advice}: {str(error).splitlines()[0]}")
+        except BrokenPipeError:  # the program that reads the output has closed it, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except (RuntimeError, ConnectionResetError, ConnectionRefusedError) as error:
-            if dist.is_initialized() and re.search("gloo|NCCL", str(error)):
-                sys.exit(
-                    f"error: this process cannot go on without the others: {str(error).splitlines()[0]}"
-                )
-            if WORKER not in str(error) and not isinstance(
-                error, ConnectionError
-            ):  # to a dead reader
+            cause = _known_cause(error)
+            if cause is None:
                 raise
-            sys.exit(
-                f"error: a process that reads pictures died, try --num-workers 0: {' '.join(str(error).split())}"
-            )
+            sys.exit(f"error: {cause}: {str(error).splitlines()[0]}")
         except (KeyboardInterrupt, EOFError):
             sys.exit("stopped")
-        except BrokenPipeError:  # whoever read the output has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     return script
 
 
-def progress(items: Iterable, what: str, **options: Any) -> tqdm:
-    """A bar for what takes more than a second; in a log file or a pipe, a line now and then."""
-    seconds = 0.1 if sys.stderr.isatty() else 30
-    options |= {"mininterval": seconds, "maxinterval": seconds, "delay": 1, "dynamic_ncols": True}
-    return tqdm(items, what, disable=dist.is_initialized() and dist.get_rank() > 0, **options)
+def _known_cause(error: Exception) -> str | None:
+    """What the user can do about an error that torch raises; None if it is a bug."""
+    message = str(error)
+    if type(error).__name__ == "OutOfMemoryError":  # compared by name: torch is not imported here
+        return "out of memory; try --chunk-size 32 in training, --device cpu in search"
+    if "TORCHELASTIC_RUN_ID" in os.environ and re.search("gloo|NCCL", message):
+        return "another process of this run has stopped"
+    if WORKER in message or isinstance(error, ConnectionError):  # the connection is to a worker
+        return "a DataLoader worker died; try --num-workers 0"
+    return None
+
+
+def progress(items: Iterable, description: str, **options: Any) -> tqdm:
+    """A progress bar that appears after one second; in a log file it prints a line now and then."""
+    interval = 0.1 if sys.stderr.isatty() else 30  # seconds
+    return tqdm(
+        items,
+        description,
+        mininterval=interval,
+        maxinterval=interval,
+        delay=1,
+        dynamic_ncols=True,
+        disable=os.environ.get("RANK", "0") != "0",  # torchrun: only the main process shows it
+        **options,
+    )
