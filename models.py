@@ -1,8 +1,8 @@
-"""CLIP: two encoders, a projection head on each, the contrastive loss, and the file that holds the weights.
+"""CLIP: two encoders with projection heads, the contrastive loss, and checkpoints.
 
-from models import load_clip, load_checkpoint
+from models import load_checkpoint, load_clip
 model = load_clip(load_checkpoint("runs/demo/best.pt"))
-model.encode_image(pixels)  # (B, 3, S, S) uint8 to (B, D), each of unit length
+model.encode_image(pixels)  # (B, 3, S, S) uint8 -> (B, D), unit length
 """
 
 import ctypes
@@ -14,10 +14,11 @@ import sys
 import textwrap
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -25,64 +26,66 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 from config import Config, UserError
 
 MAX_LOGIT_SCALE = 100.0  # section 2.4: "clipped to prevent scaling the logits by more than 100"
-EVAL_SCALE = 9 / 7  # side of embedded pictures over that of training's (README, Results)
+EVAL_SCALE = 9 / 7  # image side in evaluation over that in training (tests/benchmarks/RESULTS.md)
 CHECKPOINT_FORMAT = "clip weights 1"
-TokenBatches = list[
-    tuple[Tensor, Tensor]
-]  # captions some at a time: token ids and mask, both (b, T)
-IMAGE_ENCODER_ARGS = {
-    "num_classes",
-    "in_chans",
-    "global_pool",
-    "img_size",
-    "drop_path_rate",
-}  # what weights may ask
+TokenBatches = list[tuple[Tensor, Tensor]]  # token ids and mask, both (b, T), of part of a batch
+# The arguments of timm.create_model that a checkpoint may contain.
+IMAGE_ENCODER_ARGS = {"num_classes", "in_chans", "global_pool", "img_size", "drop_path_rate"}
+
+
+# ---------------------------------------------------------------- model
 
 
 class ImageEncoder(nn.Module):
-    """A timm model without its classifier: `uint8` pixels (B, 3, S, S) to features (B, width). Mean and standard
-    deviation are those of timm's config for the model; they are applied here, on the device."""
+    """A timm model without its classifier: pixels (B, 3, S, S) to features (B, feature_dim).
+
+    The `uint8` pixels are normalized here, on the device, with the mean and standard deviation that
+    timm gives for the model. `drop_path` is the stochastic depth rate (arXiv 1603.09382).
+    """
 
     def __init__(
         self, name: str, size: int, pretrained: bool = False, drop_path: float = 0.0, **args: Any
     ) -> None:
         super().__init__()
-        import timm  # here, since a search over embedded pictures does without it
+        import timm  # here, because a search over images that are in the index does not need it
 
-        args = {
-            "num_classes": 0,
-            **args,
-            "drop_path_rate": drop_path or None,
-        }  # timm passes None over
+        args = {"num_classes": 0, **args, "drop_path_rate": drop_path or None}  # None: not passed
         self.model = timm.create_model(name, pretrained=pretrained, **args)
-        if not drop_path:  # some encoders skip blocks where nothing is said
-            for block in (
-                module for module in self.modules() if isinstance(module, timm.layers.DropPath)
-            ):
-                block.drop_prob = 0.0
+        if not drop_path:
+            self._disable_drop_path()
         for statistic in ("mean", "std"):
-            values = 255 * torch.tensor(
-                self.model.pretrained_cfg[statistic]
-            )  # of pixels from 0 to 255
+            values = 255 * torch.tensor(self.model.pretrained_cfg[statistic])  # pixels are 0 to 255
             self.register_buffer(statistic, values.view(1, 3, 1, 1))
-        with torch.no_grad():  # timm's num_features is not always the width of what comes out
-            self.feature_dim = self.eval()(torch.zeros(1, 3, size, size, dtype=torch.uint8)).shape[
-                -1
-            ]
+        self.feature_dim = self._output_dim(size)
+
+    def _disable_drop_path(self) -> None:
+        """Some timm models have stochastic depth by default."""
+        from timm.layers import DropPath
+
+        for module in self.modules():
+            if isinstance(module, DropPath):
+                module.drop_prob = 0.0
+
+    @torch.no_grad()
+    def _output_dim(self, size: int) -> int:
+        """Width of the features. timm's `num_features` is another number for some models."""
+        self.eval()  # leaves batch-norm statistics unchanged
+        features = self(torch.zeros(1, 3, size, size, dtype=torch.uint8))
         self.train()
+        return features.shape[-1]
 
     def forward(self, pixels: Tensor) -> Tensor:
         pixels = (pixels - self.mean) / self.std  # (B, 3, S, S)
-        return self.model(pixels.contiguous(memory_format=torch.channels_last))  # (B, width)
+        return self.model(pixels.contiguous(memory_format=torch.channels_last))  # (B, feature_dim)
 
 
 class TextEncoder(nn.Module):
-    """A transformers encoder: token ids and mask (B, T) to the mean of its last hidden states (B, width)."""
+    """A transformers encoder: token ids and mask (B, T) to the mean of its last hidden states."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -90,17 +93,17 @@ class TextEncoder(nn.Module):
         self.feature_dim = model.config.hidden_size
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state  # (B, T, width)
-        mask = mask.unsqueeze(-1).to(states.dtype)  # (B, T, 1): padding counts for nothing
-        return (states * mask).sum(dim=1) / mask.sum(dim=1)
+        hidden_states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        mask = mask.unsqueeze(-1).to(hidden_states.dtype)  # (B, T, 1); padding is not counted
+        return (hidden_states * mask).sum(dim=1) / mask.sum(dim=1)  # (B, feature_dim)
 
 
 class ProjectionHead(nn.Module):
-    """From an encoder's features (B, width) into the shared space (B, D)."""
+    """Maps an encoder's features (B, feature_dim) to the shared embedding space (B, D)."""
 
-    def __init__(self, width: int, projection_dim: int, dropout: float) -> None:
+    def __init__(self, feature_dim: int, projection_dim: int, dropout: float) -> None:
         super().__init__()
-        self.projection = nn.Linear(width, projection_dim)
+        self.projection = nn.Linear(feature_dim, projection_dim)
         self.linear = nn.Linear(projection_dim, projection_dim)
         self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(projection_dim)
@@ -111,7 +114,7 @@ class ProjectionHead(nn.Module):
 
 
 class Tower(nn.Module):
-    """An encoder and its head: pixels, or token ids and mask, to unit vectors (B, D) in float32."""
+    """An encoder and its projection head: encoder inputs to unit vectors (B, D) in float32."""
 
     def __init__(self, encoder: ImageEncoder | TextEncoder, config: Config) -> None:
         super().__init__()
@@ -122,23 +125,13 @@ class Tower(nn.Module):
         return F.normalize(self.head(self.encoder(*inputs)).float(), dim=-1)
 
 
-def eval_image_size(image: Tower, config: Config) -> int:
-    """Side in pixels of pictures to embed: larger, as training crops enlarge what they show (arXiv 1906.06423), and a
-    multiple of 32, as most encoders halve it five times."""
-    fixed = "img_size" in image.encoder.model._model_args  # made for one size, such as a ViT
-    return (
-        config.image_size
-        if fixed or not config.augment
-        else 32 * round(config.image_size * EVAL_SCALE / 32)
-    )
-
-
 class CLIP(nn.Module):
-    """The model of arXiv 2103.00020, section 2.3 and figure 3: two towers that meet in a dot product."""
+    """The model of arXiv 2103.00020, section 2.3 and figure 3."""
 
     def __init__(self, image: Tower, text: Tower, temperature: float) -> None:
         super().__init__()
-        self.image, self.text = image, text
+        self.image = image
+        self.text = text
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
 
     def encode_image(self, pixels: Tensor) -> Tensor:
@@ -152,245 +145,344 @@ class CLIP(nn.Module):
     def forward(
         self, pixels: Tensor, texts: TokenBatches, chunk_size: int = 0
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Both embeddings (B, D) and the scale of the logits, 1 / temperature.
+        """Image and text embeddings, both (B, D), and the logit scale, 1 / temperature.
 
-        With `chunk_size` the activations of at most so many pictures, or of a group of texts, are in memory at a time:
-        they are computed a second time in the backward pass, which needs them (the effect of arXiv 2101.06983).
+        With `chunk_size` the activations of that number of images, or of one of the token batches,
+        are in memory at a time. They are computed a second time in the backward pass, to the same
+        effect as GradCache (arXiv 2101.06983).
         """
-        encode = checkpointed_encode if chunk_size else lambda tower, *inputs: tower(*inputs)
-        # Texts first: transformers waits for the device to see whether a group has padding at all.
-        text_embeddings = torch.cat([encode(self.text, *group) for group in texts])
-        chunks = pixels.tensor_split(
-            math.ceil(len(pixels) / (chunk_size or len(pixels)))
-        )  # of even sizes
-        image_embeddings = torch.cat([encode(self.image, chunk) for chunk in chunks])
-        return image_embeddings, text_embeddings, self.logit_scale.exp()
+        encode = checkpointed_encode if chunk_size else Tower.__call__
+        num_chunks = math.ceil(len(pixels) / chunk_size) if chunk_size else 1
+        # Texts first: transformers waits for the device to see whether a batch has padding.
+        text_embeddings = [encode(self.text, ids, mask) for ids, mask in texts]
+        image_embeddings = [encode(self.image, chunk) for chunk in pixels.tensor_split(num_chunks)]
+        return torch.cat(image_embeddings), torch.cat(text_embeddings), self.logit_scale.exp()
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
+        """Keeps the temperature at 0.01 or more (section 2.4). Call it after each step."""
         self.logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
 
 
 def checkpointed_encode(tower: Tower, *inputs: Tensor) -> Tensor:
-    """The tower's embeddings, without its activations: the backward pass computes those anew, with the same dropout."""
-    return checkpoint(
+    """The tower's embeddings without stored activations.
+
+    The backward pass computes the activations again, with the same dropout.
+    """
+    return activation_checkpoint(
         tower,
         *inputs,
         use_reentrant=False,
-        context_fn=lambda: (nullcontext(), frozen_bn_stats(tower)),
+        context_fn=lambda: (nullcontext(), frozen_bn_stats(tower)),  # first and second forward pass
     )
 
 
 @contextmanager
 def frozen_bn_stats(tower: Tower) -> Iterator[None]:
-    """Batch norm in training mode does not count the same batch in its running statistics a second time."""
-    norms = [
-        module for module in tower.modules() if isinstance(module, _BatchNorm) and module.training
-    ]
-    before = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    """Keeps the running statistics of batch norm: a batch must not be counted a second time."""
+    norms = [m for m in tower.modules() if isinstance(m, _BatchNorm) and m.training]
+    saved = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     try:
         for norm in norms:
             norm.momentum = 0.0
         yield
     finally:
-        for norm, momentum, batches in before:
+        for norm, momentum, num_batches in saved:
             norm.momentum = momentum
-            norm.num_batches_tracked.copy_(batches)
+            norm.num_batches_tracked.copy_(num_batches)
+
+
+def eval_image_size(image: Tower, config: Config) -> int:
+    """Side in pixels of the images to encode for validation and search.
+
+    It is larger than in training, because training crops enlarge what they show (arXiv 1906.06423),
+    and a multiple of 32, because most encoders halve it five times.
+    """
+    fixed_size = "img_size" in image.encoder.model._model_args  # such as a ViT
+    if fixed_size or not config.augment:
+        return config.image_size
+    return 32 * round(config.image_size * EVAL_SCALE / 32)
+
+
+# ---------------------------------------------------------------- loss
 
 
 def contrastive_loss(
     image_embeddings: Tensor,
     text_embeddings: Tensor,
     logit_scale: Tensor,
-    rows: slice = slice(None),
+    local_slice: slice = slice(None),
 ) -> Tensor:
-    """The symmetric contrastive loss (section 2.3, figure 3): each picture finds its text, each text its picture.
+    """The symmetric contrastive loss (section 2.3, figure 3), a scalar in nats.
 
-    Takes unit vectors (B, D), of which the i-th of each belong together, and returns the mean of the two
-    cross-entropies over the batch, in nats; with `rows` over those R pairs of it alone, the share of one process.
+    `image_embeddings` and `text_embeddings` are unit vectors (B, D) whose i-th rows belong
+    together. Each image must find its text among all texts, and each text its image: the loss is
+    the mean of the two cross-entropies. With `local_slice` it is the mean over the b pairs of that
+    part of the batch, the part of one process, against the whole batch.
     """
-    matches = torch.arange(len(image_embeddings), device=image_embeddings.device)[rows]  # (R,)
-    image_logits = logit_scale * image_embeddings[rows] @ text_embeddings.T  # (R, D) @ (D, B)
-    text_logits = logit_scale * text_embeddings[rows] @ image_embeddings.T  # (R, D) @ (D, B)
-    return (F.cross_entropy(image_logits, matches) + F.cross_entropy(text_logits, matches)) / 2
+    device = image_embeddings.device
+    labels = torch.arange(len(image_embeddings), device=device)[local_slice]  # (b,)
+    logits_per_image = logit_scale * image_embeddings[local_slice] @ text_embeddings.T  # (b, B)
+    logits_per_text = logit_scale * text_embeddings[local_slice] @ image_embeddings.T  # (b, B)
+    image_loss = F.cross_entropy(logits_per_image, labels)
+    text_loss = F.cross_entropy(logits_per_text, labels)
+    return (image_loss + text_loss) / 2
+
+
+def chance_loss(batch_size: int) -> float:
+    """The loss of embeddings that are all equal: each of the batch is as likely as the others."""
+    return math.log(batch_size)
 
 
 # ---------------------------------------------------------------- building
 
 
+def build_clip(config: Config, captions: list[str] | None = None) -> tuple[CLIP, Tokenizer]:
+    """A model with new projection heads on the encoders of `config`, and its tokenizer.
+
+    See `build_text_encoder` for `captions`. Raises `UserError` if an encoder cannot be loaded.
+    """
+    text, tokenizer = build_text_encoder(config, captions)
+    image = build_image_encoder(config)
+    return CLIP(Tower(image, config), Tower(text, config), config.temperature), tokenizer
+
+
 def build_image_encoder(config: Config) -> ImageEncoder:
-    """Any timm model at the configured size, with its pretrained weights or without."""
+    """The timm model of `config`, pretrained or from scratch, for images of the configured size.
+
+    Raises `UserError` if it cannot be loaded, has no stochastic depth where `drop_path` requires
+    it, or has arguments that a checkpoint may not contain.
+    """
     from timm.models import resolve_model_input_args
 
     name = config.image_encoder
     try:
-        # A model made for one size, such as a ViT, must be told of another.
+        # A model of a fixed size, such as a ViT, must be built for this size.
         size = resolve_model_input_args(name, {"img_size": config.image_size}).get("img_size")
         encoder = ImageEncoder(
             name, config.image_size, config.pretrained, config.drop_path, img_size=size
         )
-    except (
-        Exception
-    ) as error:  # whatever a wrong name, a damaged folder or an unreachable hub brings about
+    except Exception as error:  # a wrong name, a damaged folder, an unreachable hub
         if "drop_path_rate" in str(error):
             raise UserError(
-                f"--image-encoder {name}: cannot skip blocks; add --drop-path 0"
+                f"--image-encoder {name}: has no stochastic depth; add --drop-path 0"
             ) from None
         raise _unavailable("--image-encoder", name, "local-dir:FOLDER", error) from None
-    if unknown := encoder.model._model_args.keys() - IMAGE_ENCODER_ARGS:
-        raise UserError(
-            f"--image-encoder {name}: cannot be rebuilt from weights, it needs {unknown}"
-        )
+    unknown = encoder.model._model_args.keys() - IMAGE_ENCODER_ARGS
+    if unknown:
+        raise UserError(f"--image-encoder {name}: is not supported, it needs {sorted(unknown)}")
     return encoder
 
 
-def load_text_encoder(config: Config) -> tuple[TextEncoder, Tokenizer]:
-    """A pretrained transformers encoder, by name or folder, and its tokeniser."""
-    from transformers import AutoConfig, AutoModel, AutoTokenizer
+def build_text_encoder(
+    config: Config, captions: list[str] | None = None
+) -> tuple[TextEncoder, Tokenizer]:
+    """The transformers encoder of `config` and its tokenizer.
+
+    Pretrained, it comes from a hub name or a folder. From scratch it needs no network: a folder
+    gives its architecture and tokenizer, a name such as "distilbert" or "bert-base-uncased" the
+    default architecture of that kind, with a vocabulary of words of `captions`.
+
+    Raises `UserError` if it cannot be loaded or is not a text encoder.
+    """
+    if config.pretrained:
+        return _pretrained_text_encoder(config)
+    return _new_text_encoder(config, captions)
+
+
+def _pretrained_text_encoder(config: Config) -> tuple[TextEncoder, Tokenizer]:
+    from transformers import AutoModel
 
     _quiet_hub()
-    name = config.text_encoder
-    model_config, tokenizer = _from_pretrained(name, AutoConfig, AutoTokenizer)
-    _check_text_config(name, model_config)
-    (model,) = _from_pretrained(name, AutoModel, dtype=torch.float32)
-    return TextEncoder(model), _plain_tokenizer(name, tokenizer, config.max_length)
+    _, tokenizer = _text_config_and_tokenizer(config)
+    model = _from_pretrained(AutoModel, config.text_encoder)
+    return TextEncoder(model.float()), tokenizer  # some are stored in half precision
 
 
-def text_encoder_from_scratch(config: Config, captions: list[str]) -> tuple[TextEncoder, Tokenizer]:
-    """An untrained encoder of the named architecture; needs no network.
-
-    With a folder, its config and tokeniser are used. With a name, such as "distilbert" or "bert-base-uncased", the
-    architecture's default config, and word pieces taken from `captions`.
-    """
-    from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoTokenizer
+def _new_text_encoder(config: Config, captions: list[str]) -> tuple[TextEncoder, Tokenizer]:
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
 
     name = config.text_encoder
     if Path(name).is_dir():
-        model_config, tokenizer = _from_pretrained(name, AutoConfig, AutoTokenizer)
-        _check_text_config(name, model_config)
-        tokenizer = _plain_tokenizer(name, tokenizer, config.max_length)
+        model_config, tokenizer = _text_config_and_tokenizer(config)
     else:
-        kinds = [
-            kind for kind in CONFIG_MAPPING if name.rpartition("/")[2].lower().startswith(kind)
-        ]
+        prefix = name.rpartition("/")[2].lower()
+        kinds = [kind for kind in CONFIG_MAPPING if prefix.startswith(kind)]
         if not kinds:
-            raise UserError(
-                f"--text-encoder {name}: begins with no architecture that transformers knows"
-            )
+            raise UserError(f"--text-encoder {name}: is no architecture of transformers")
         kind = max(kinds, key=len)
         _check_text_config(name, CONFIG_MAPPING[kind]())
         tokenizer = build_wordpiece_tokenizer(captions, config.max_length)
-        model_config = AutoConfig.for_model(
-            kind, vocab_size=tokenizer.get_vocab_size(), pad_token_id=0
-        )
+        vocab_size = tokenizer.get_vocab_size()
+        model_config = AutoConfig.for_model(kind, vocab_size=vocab_size, pad_token_id=0)
     if config.text_layers:
         model_config.num_hidden_layers = config.text_layers
     if config.text_width:
-        model_config.hidden_size = config.text_width
-        model_config.num_attention_heads = math.gcd(
-            config.text_width, max(1, config.text_width // 64)
-        )
-        inner = "hidden_dim" if hasattr(model_config, "hidden_dim") else "intermediate_size"
-        setattr(model_config, inner, 4 * config.text_width)
+        _set_width(model_config, config.text_width)
     return TextEncoder(AutoModel.from_config(model_config)), tokenizer
 
 
+def _set_width(model_config: Any, width: int) -> None:
+    """Sets the hidden size, with heads of 64 where the width allows it."""
+    model_config.hidden_size = width
+    model_config.num_attention_heads = math.gcd(width, max(1, width // 64))
+    inner = "hidden_dim" if hasattr(model_config, "hidden_dim") else "intermediate_size"
+    setattr(model_config, inner, 4 * width)
+
+
+def _text_config_and_tokenizer(config: Config) -> tuple[Any, Tokenizer]:
+    """The config and the tokenizer of a transformers name or folder, checked."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    name = config.text_encoder
+    model_config = _from_pretrained(AutoConfig, name)
+    tokenizer = _from_pretrained(AutoTokenizer, name)
+    _check_text_config(name, model_config)
+    if not tokenizer.is_fast or tokenizer.pad_token is None:
+        raise UserError(f"--text-encoder {name}: its tokenizer is not a fast one with padding")
+    fast = tokenizer.backend_tokenizer
+    fast.enable_padding(pad_id=tokenizer.pad_token_id, pad_token=tokenizer.pad_token)
+    fast.enable_truncation(min(config.max_length, tokenizer.model_max_length))
+    return model_config, fast
+
+
+def _from_pretrained(auto_class: Any, name: str) -> Any:
+    try:
+        return auto_class.from_pretrained(name)
+    except Exception as error:  # a wrong name, a damaged folder, an unreachable hub
+        raise _unavailable("--text-encoder", name, "a folder", error) from None
+
+
+def _check_text_config(name: str, model_config: Any) -> None:
+    is_text_model = hasattr(model_config, "vocab_size") and not model_config.sub_configs
+    if model_config.is_encoder_decoder or not is_text_model:
+        raise UserError(
+            f"--text-encoder {name}: a {model_config.model_type} model is not a text encoder"
+        )
+
+
 def build_wordpiece_tokenizer(texts: list[str], max_length: int) -> Tokenizer:
-    """BERT's kind of tokeniser for `texts`: their 30,000 most frequent words, and single letters for all others. Not
-    the library's trainer, which gives another vocabulary each time."""
-    normalizer, splitter = (
-        normalizers.BertNormalizer(lowercase=True),
-        pre_tokenizers.BertPreTokenizer(),
-    )
-    words = Counter(
-        word
-        for text in texts
-        for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))
-    )
-    letters = sorted({letter for word in words for letter in word})
-    frequent = sorted(words, key=lambda word: (-words[word], word))[:30_000]
-    pieces = [
-        "[PAD]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        *letters,
-        *(f"##{letter}" for letter in letters),
-        *frequent,
-    ]
-    vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
+    """A tokenizer of BERT's kind: the 30,000 most frequent words, and letters for all others.
+
+    Not the library's own trainer, whose vocabulary differs from one run to the next.
+    """
+    normalizer = normalizers.BertNormalizer(lowercase=True)
+    pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    counts: Counter[str] = Counter()
+    for text in texts:
+        words = pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(text))
+        counts.update(word for word, _ in words)
+    letters = sorted({letter for word in counts for letter in word})
+    frequent = sorted(counts, key=lambda word: (-counts[word], word))[:30_000]
+
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *letters]
+    pieces += [f"##{letter}" for letter in letters]  # letters inside a word
+    pieces += frequent
+    vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = pre_tokenizer
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     tokenizer.enable_padding(pad_id=0, pad_token="[PAD]")
     tokenizer.enable_truncation(max_length)
     return tokenizer
 
 
-def _from_pretrained(name: str, *makers: Any, **options: Any) -> list[Any]:
-    """What each of transformers' `makers` finds under a name or in a folder."""
-    try:
-        return [maker.from_pretrained(name, **options) for maker in makers]
-    except Exception as error:  # as in `build_image_encoder`
-        raise _unavailable("--text-encoder", name, "a folder", error) from None
-
-
-def _check_text_config(name: str, config: Any) -> None:
-    if config.is_encoder_decoder or config.sub_configs or not hasattr(config, "vocab_size"):
-        raise UserError(f"--text-encoder {name}: a {config.model_type} model is not a text encoder")
-
-
-def _plain_tokenizer(name: str, tokenizer: Any, max_length: int) -> Tokenizer:
-    """The fast tokeniser inside transformers' own, padding to the longest text it is given."""
-    if not tokenizer.is_fast or tokenizer.pad_token is None:
-        raise UserError(
-            f"--text-encoder {name}: its tokeniser is not a fast one with a padding token"
-        )
-    plain = tokenizer.backend_tokenizer
-    plain.enable_padding(pad_id=tokenizer.pad_token_id, pad_token=tokenizer.pad_token)
-    plain.enable_truncation(min(max_length, tokenizer.model_max_length))
-    return plain
-
-
 def _quiet_hub() -> None:
-    """Leaves the one message about weights that cannot be fetched to us."""
+    """Silences the hub's own messages, so that ours is the only one about missing weights."""
     from huggingface_hub import utils as hub
     from transformers.utils import logging as transformers_logging
 
     hub.logging.set_verbosity_error()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    hub.enable_progress_bars()  # of downloads, which the line before puts out too
+    hub.enable_progress_bars()  # of downloads, which the line above disables too
 
 
 def _unavailable(flag: str, name: str, folder: str, error: Exception) -> UserError:
     reason = textwrap.shorten(f"{type(error).__name__}: {error}", 150)
-    way_out = f"Point to {folder} that holds it, or try --demo; --no-pretrained needs no weights"
-    return UserError(f"{flag} {name}: cannot be loaded ({reason}). {way_out}")
+    return UserError(
+        f"{flag} {name}: cannot be loaded ({reason}). Pass {folder} that contains it, "
+        "or try --demo; --no-pretrained needs no weights"
+    )
 
 
-# ---------------------------------------------------------------- weights
+# ---------------------------------------------------------------- freezing and precision
+
+
+def freeze(encoder: nn.Module, fraction: float) -> None:
+    """Freezes that fraction of the encoder's parameter tensors, counted from the input."""
+    parameters = list(encoder.parameters())  # from the input to the output
+    for parameter in parameters[: round(fraction * len(parameters))]:
+        parameter.requires_grad_(False)
+
+
+def keep_depthwise_float32(encoder: nn.Module) -> None:
+    """Excludes trained depthwise convolutions from autocast.
+
+    A CPU computes their gradients four times as slowly in bfloat16 (tests/benchmarks/README.md).
+    """
+    for module in encoder.modules():
+        is_depthwise = isinstance(module, nn.Conv2d) and module.groups == module.in_channels
+        if is_depthwise and module.weight.requires_grad:
+            # Bound to the instance, so that copies of the model use their own weights.
+            module.forward = MethodType(_forward_float32, module)
+
+
+def _forward_float32(module: nn.Module, inputs: Tensor) -> Tensor:
+    with torch.autocast(inputs.device.type, enabled=False):
+        return type(module).forward(module, inputs.float())
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint file that `load_checkpoint` has read and validated."""
+
+    config: Config
+    image_encoder: dict[str, Any]  # name and arguments for timm
+    text_encoder: dict[str, Any]  # config of transformers
+    tokenizer: Tokenizer
+    example_query: str
+    model: dict[str, Tensor]  # the state dict of `CLIP`
+    fingerprint: str  # hash over the checksums of the file's contents
+    training: "TrainingState | None"  # None in a best.pt
+
+
+@dataclass
+class TrainingState:
+    """What a last.pt contains to resume its run: state dicts, and the rows of metrics.csv."""
+
+    optimizer: dict[str, Any]
+    scheduler: dict[str, Any]
+    scaler: dict[str, Any]  # empty if the run's precision needs no scaler
+    history: list[dict[str, float]]
 
 
 def make_checkpoint(
     model: CLIP, tokenizer: Tokenizer, config: Config, example_query: str
 ) -> dict[str, Any]:
-    """All that search needs, as tensors and plain values; of paths only that of the data, relative to where we are."""
-    image_model, text_config = model.image.encoder.model, model.text.encoder.model.config.to_dict()
-    text_config.pop("_name_or_path", None)
+    """All that a search needs, as tensors and plain values.
+
+    The only path in it is that of the data, relative to the current folder.
+    """
+    image_model = model.image.encoder.model
     architecture = image_model.pretrained_cfg["architecture"]
-    portable = replace(
+    text_config = model.text.encoder.model.config.to_dict()
+    text_config.pop("_name_or_path", None)
+    image_name, text_name = config.image_encoder, config.text_encoder
+    portable_config = replace(
         config,
         data_dir=Path(os.path.relpath(config.data_dir)).as_posix(),
-        image_encoder=architecture if ":" in config.image_encoder else config.image_encoder,
-        text_encoder=text_config["model_type"]
-        if Path(config.text_encoder).exists()
-        else config.text_encoder,
+        image_encoder=architecture if ":" in image_name else image_name,
+        text_encoder=text_config["model_type"] if Path(text_name).exists() else text_name,
         resume="",
     )
     return {
         "format": CHECKPOINT_FORMAT,
-        "config": asdict(portable),
+        "config": asdict(portable_config),
         "image_encoder": {"name": architecture, "arguments": image_model._model_args},
         "text_encoder": text_config,
         "tokenizer": tokenizer.to_str(),
@@ -399,129 +491,155 @@ def make_checkpoint(
     }
 
 
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The content of a weights file; its "config" a `Config`, its "tokenizer" a `Tokenizer`, and its "fingerprint".
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Reads and validates a checkpoint file, which may come from anyone: nothing in it is run.
 
-    The file may come from anywhere: nothing in it is run. Raises `UserError` for one that is not ours.
+    Raises `UserError` for a file that is not a complete checkpoint of this program.
     """
     if not Path(path).is_file():
-        raise UserError(f"{path}: no such weights file")
+        raise UserError(f"{path}: no such checkpoint file")
     try:
-        with zipfile.ZipFile(
-            path
-        ) as archive:  # torch's format; it keeps a checksum of every tensor
-            checksums = repr([(member.filename, member.CRC) for member in archive.infolist()])
-        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if weights.get("format") != CHECKPOINT_FORMAT:
-            raise ValueError("it does not say that it is one")
-        if lacking := {"image_encoder", "text_encoder", "example_query", "model"} - weights.keys():
-            raise ValueError(f"it lacks {', '.join(lacking)}")
-        kinds = {name: type(value) for name, value in asdict(Config()).items()}
-        if wrong := [
-            name for name, value in weights["config"].items() if type(value) is not kinds.get(name)
-        ]:
-            raise ValueError(f"its config has {', '.join(map(str, wrong))}")
-        if not isinstance(weights["example_query"], str) or weights["model"]["logit_scale"].ndim:
-            raise ValueError("its parts are not what they should be")
-        if not all(isinstance(value, Tensor) for value in weights["model"].values()):
-            raise ValueError("its model holds more than tensors")
-        weights["config"] = Config(
-            **{"drop_path": 0.0, **weights["config"]}
-        )  # weights from before it lack it
-        weights["tokenizer"] = Tokenizer.from_str(weights["tokenizer"])
-        weights["fingerprint"] = hashlib.sha256(checksums.encode()).hexdigest()
-    except Exception as error:  # whatever a hostile or damaged file can bring about
+        with zipfile.ZipFile(path) as archive:  # torch's file format, with a checksum per tensor
+            checksums = [(member.filename, member.CRC) for member in archive.infolist()]
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return _validate_checkpoint(content, checksums)
+    except Exception as error:  # a damaged or hostile file can raise anything
         reason = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
-        raise UserError(f"{path}: not a whole weights file of this program: {reason}") from None
-    return weights
+        raise UserError(f"{path}: not a complete checkpoint of this program: {reason}") from None
 
 
-def load_tower(weights: dict[str, Any], which: str) -> Tower:
-    """The "image" or the "text" tower of `weights`, in evaluation mode, rebuilt from what they hold alone."""
-    state = {
-        name.partition(".")[2]: value
-        for name, value in weights["model"].items()
-        if name.startswith(f"{which}.")
-    }
-    encoder = _image_encoder if which == "image" else _text_encoder
-    try:
-        with torch.device("meta"):  # sizes are held against the tensors before memory is taken
-            empty = Tower(encoder(weights), weights["config"]).state_dict()
-    except Exception as error:  # whatever a hostile description can bring about
-        raise UserError(
-            f"the {which} encoder that the weights describe cannot be built: {error}"
-        ) from None
-    if {name: value.shape for name, value in empty.items()} != {
-        name: value.shape for name, value in state.items()
-    }:
-        raise UserError(
-            f"the weights of the {which} encoder do not fit the model that their file describes"
+def _validate_checkpoint(content: dict[str, Any], checksums: list) -> Checkpoint:
+    """The content of a checkpoint file as a `Checkpoint`; raises any exception if it is not one."""
+    if content.get("format") != CHECKPOINT_FORMAT:
+        raise ValueError("its format is another one")
+    missing = {"config", "image_encoder", "text_encoder", "example_query", "model"} - content.keys()
+    if missing:
+        raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+    types = {name: type(value) for name, value in asdict(Config()).items()}
+    for name, value in content["config"].items():
+        if type(value) is not types.get(name):
+            raise ValueError(f"its config has {name}={value!r}")
+    if not isinstance(content["example_query"], str):
+        raise ValueError("its example query is not text")
+    for name, value in content["model"].items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise ValueError(f"its model has {name}, which is not a tensor")
+    if content["model"]["logit_scale"].ndim:
+        raise ValueError("its logit_scale is not a number")
+    training = None
+    if "optimizer" in content:
+        training = TrainingState(
+            optimizer=content["optimizer"],
+            scheduler=content["schedule"],
+            scaler=content["scaler"],
+            history=content["history"],
         )
-    tower = Tower(encoder(weights), weights["config"])
-    tower.load_state_dict(state)
-    return tower.eval()
-
-
-def load_clip(weights: dict[str, Any]) -> CLIP:
-    """The whole model, in evaluation mode."""
-    model = CLIP(
-        load_tower(weights, "image"), load_tower(weights, "text"), weights["config"].temperature
+    return Checkpoint(
+        # Checkpoints older than stochastic depth lack the setting and were trained without it.
+        config=Config(**{"drop_path": 0.0, **content["config"]}),
+        image_encoder=content["image_encoder"],
+        text_encoder=content["text_encoder"],
+        tokenizer=Tokenizer.from_str(content["tokenizer"]),
+        example_query=content["example_query"],
+        model=content["model"],
+        fingerprint=hashlib.sha256(repr(checksums).encode()).hexdigest(),
+        training=training,
     )
-    model.logit_scale.data.copy_(weights["model"]["logit_scale"])
-    return model.eval()
 
 
-def _image_encoder(weights: dict[str, Any]) -> ImageEncoder:
+def load_tower(checkpoint: Checkpoint, part: str) -> Tower:
+    """The "image" or the "text" tower of a checkpoint, in evaluation mode."""
+    prefix = f"{part}."
+    state = {
+        name.removeprefix(prefix): value
+        for name, value in checkpoint.model.items()
+        if name.startswith(prefix)
+    }
+    return _build_and_load(lambda: _build_tower(checkpoint, part), state, f"{part} encoder")
+
+
+def load_clip(checkpoint: Checkpoint) -> CLIP:
+    """The whole model of a checkpoint, in evaluation mode."""
+
+    def build() -> CLIP:
+        image, text = _build_tower(checkpoint, "image"), _build_tower(checkpoint, "text")
+        return CLIP(image, text, checkpoint.config.temperature)
+
+    return _build_and_load(build, checkpoint.model, "model")
+
+
+def _build_and_load(build: Callable[[], Any], state: dict[str, Tensor], what: str) -> Any:
+    """The module that `build` makes, with every tensor of `state` and in evaluation mode.
+
+    Names and shapes are compared on the meta device first, before memory is allocated. Raises
+    `UserError` if they differ or the module cannot be built.
+    """
+    try:
+        with torch.device("meta"):
+            expected = build().state_dict()
+    except Exception as error:  # a hostile description can raise anything
+        raise UserError(f"the {what} of the checkpoint cannot be built: {error}") from None
+    differing = expected.keys() ^ state.keys()
+    for name in expected.keys() & state.keys():
+        if expected[name].shape != state[name].shape:
+            differing.add(name)
+    if differing:
+        raise UserError(f"the checkpoint's tensors do not fit its {what}: {min(differing)}")
+    module = build()
+    module.load_state_dict(state)
+    return module.eval()
+
+
+def _build_tower(checkpoint: Checkpoint, part: str) -> Tower:
+    """An untrained tower, from registered architectures and plain numbers of the checkpoint."""
+    build = _rebuild_image_encoder if part == "image" else _rebuild_text_encoder
+    return Tower(build(checkpoint), checkpoint.config)
+
+
+def _rebuild_image_encoder(checkpoint: Checkpoint) -> ImageEncoder:
     import timm
 
-    name, arguments = weights["image_encoder"]["name"], weights["image_encoder"]["arguments"]
+    name = checkpoint.image_encoder["name"]
+    arguments = checkpoint.image_encoder["arguments"]
     if name not in timm.list_models() or not arguments.keys() <= IMAGE_ENCODER_ARGS:
-        raise UserError(
-            f"weights: {name!r} with {sorted(arguments)} is not an image encoder that timm has"
-        )
-    return ImageEncoder(
-        name, weights["config"].image_size, drop_path=weights["config"].drop_path, **arguments
-    )
+        raise UserError(f"timm has no image encoder {name!r} with {sorted(arguments)}")
+    config = checkpoint.config
+    return ImageEncoder(name, config.image_size, drop_path=config.drop_path, **arguments)
 
 
-def _text_encoder(weights: dict[str, Any]) -> TextEncoder:
+def _rebuild_text_encoder(checkpoint: Checkpoint) -> TextEncoder:
     from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
 
-    stored = weights["text_encoder"]
+    stored = checkpoint.text_encoder
     kind = stored["model_type"]
     if kind not in CONFIG_MAPPING:
-        raise UserError(f"weights: {kind!r} is not a text encoder that transformers has")
-    known = {key for key in CONFIG_MAPPING[kind]().to_dict() if not key.startswith("_")} - {
-        "model_type"
+        raise UserError(f"transformers has no text encoder {kind!r}")
+    known = CONFIG_MAPPING[kind]().to_dict().keys() - {"model_type"}
+    settings = {
+        name: value for name, value in stored.items() if name in known and not name.startswith("_")
     }
-    config = AutoConfig.for_model(
-        kind, **{key: value for key, value in stored.items() if key in known}
-    )
-    _check_text_config(kind, config)
-    largest = max(weights["tokenizer"].get_vocab().values())
-    if largest >= config.vocab_size or config.num_hidden_layers > len(weights["model"]):
-        raise UserError(
-            "weights: the text encoder has not the vocabulary or the layers that it declares"
-        )
-    return TextEncoder(AutoModel.from_config(config, trust_remote_code=False))
+    model_config = AutoConfig.for_model(kind, **settings)
+    _check_text_config(kind, model_config)
+    largest_id = max(checkpoint.tokenizer.get_vocab().values())
+    too_many_layers = model_config.num_hidden_layers > len(checkpoint.model)
+    if largest_id >= model_config.vocab_size or too_many_layers:
+        raise UserError("its vocabulary or its layers are not those of its tokenizer and tensors")
+    return TextEncoder(AutoModel.from_config(model_config, trust_remote_code=False))
 
 
 # ---------------------------------------------------------------- device
 
 
 def pick_device(name: str) -> torch.device:
-    """The device that is asked for, made ready; with "auto" CUDA where there is one, else MPS, else the CPU.
+    """The device of that name, ready for use. "auto" is CUDA, else MPS, else the CPU.
 
-    Of the processes that torchrun starts on a machine, each takes a GPU of its own.
+    Each of the processes that torchrun starts on a machine takes a GPU of its own. Raises
+    `UserError` if the device cannot be used.
     """
-    if name == "auto":
-        name = (
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available()
-            else "cpu"
-        )
+    if name == "auto" and torch.cuda.is_available():
+        name = "cuda"
+    elif name == "auto":
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
@@ -538,8 +656,12 @@ def pick_device(name: str) -> torch.device:
 
 
 def disable_malloc_trim() -> None:
-    """Has glibc keep what a step freed for the next: zeroing fresh pages took half the time of a step on the CPU."""
+    """Makes glibc keep freed memory for the next allocation.
+
+    Otherwise it returns freed memory to the system, and zeroing new pages takes half of the time of
+    a training step on the CPU (tests/benchmarks/README.md).
+    """
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no allocation gets pages of its own
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: freed pages are never handed back
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: allocate from the heap, never by mmap
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
