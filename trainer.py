@@ -1,4 +1,4 @@
-"""Trains CLIP on pictures with captions.
+"""Trains CLIP on images with captions.
 
 python trainer.py --demo
 python trainer.py
@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-import torch.distributed
 from matplotlib.figure import Figure
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import all_gather_single_autograd
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
@@ -38,161 +37,197 @@ from data import (
     Split,
     atomic_write,
     build_train_loader,
-    download_flickr8k,
-    generate_shapes,
+    check_data_dir,
     open_image,
+    prepare_data_dir,
     read_splits,
 )
-from inference import METRICS, RECALLS_AT, evaluate, format_metrics
+from inference import METRICS, RECALL_KS, RECALLS, evaluate, format_metrics
 from models import (
     CLIP,
-    TokenBatches,
-    Tower,
-    build_image_encoder,
+    Checkpoint,
+    TrainingState,
+    build_clip,
+    chance_loss,
     contrastive_loss,
+    freeze,
+    keep_depthwise_float32,
     load_checkpoint,
     load_clip,
-    load_text_encoder,
     make_checkpoint,
     pick_device,
-    text_encoder_from_scratch,
 )
 
 MAY_CHANGE_ON_RESUME = {"chunk_size", "data_dir", "download_url", "device", "num_workers", "resume"}
-LOG_EVERY = 10
-RECALLS = [name for name in METRICS if not name.endswith("medr")]
+LOG_EVERY = 10  # steps; reading a loss waits for the device
+METRICS_COLUMNS = ["epoch", "seconds", "pairs_per_second", "lr", "train_loss", *METRICS]
 
 
 @cli_errors
 def main(argv: list[str] | None = None) -> None:
     config = parse(Config, argv)
-    checkpoint = load_checkpoint(config.resume) if config.resume else None
-    if checkpoint:
+    checkpoint = None
+    if config.resume:
+        checkpoint = load_checkpoint(config.resume)
         config = resumed_config(argv, checkpoint, config.resume)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as on Ctrl-C
     try:
         train(config, checkpoint)
     except KeyboardInterrupt:
         last = Path("runs", config.name, "last.pt")
-        sys.exit(
-            f"stopped; to go on: python trainer.py --resume {last}" if last.exists() else "stopped"
-        )
+        if not last.exists():
+            sys.exit("stopped")
+        sys.exit(f"stopped; resume with: python trainer.py --resume {shlex.quote(str(last))}")
 
 
-def resumed_config(argv: list[str] | None, checkpoint: dict[str, Any], path: str) -> Config:
-    """The settings of the checkpoint, with what may differ on another machine taken from the command line."""
-    if "optimizer" not in checkpoint:
-        raise UserError(f"--resume {path}: holds no training state; resume from a run's last.pt")
-    saved = asdict(checkpoint["config"]) | {
-        "resume": path,
-        "download_url": Config.download_url,
-    }  # not from a stranger
-    config = parse(Config, argv, saved)
-    for name, value in asdict(config).items():
-        if value != saved[name] and name not in MAY_CHANGE_ON_RESUME:
-            raise UserError(
-                f"--{name.replace('_', '-')} {value}: the run to resume has {saved[name]}; leave it out"
-            )
+def resumed_config(argv: list[str] | None, checkpoint: Checkpoint, path: str) -> Config:
+    """The settings of the checkpoint, with those that may change from the command line.
+
+    Raises `UserError` for a checkpoint without training state and for any other setting.
+    """
+    if checkpoint.training is None:
+        raise UserError(f"--resume {path}: has no training state; resume from a run's last.pt")
+    # A checkpoint from a stranger does not choose where data is downloaded from.
+    saved = replace(checkpoint.config, resume=path, download_url=Config.download_url)
+    config = parse(Config, argv, default=saved)
+    for field in fields(Config):
+        old, new = getattr(saved, field.name), getattr(config, field.name)
+        if old != new and field.name not in MAY_CHANGE_ON_RESUME:
+            flag = f"--{field.name.replace('_', '-')}"
+            raise UserError(f"{flag} {new}: the resumed run has {old}; leave the flag out")
     return config
+
+
+# ---------------------------------------------------------------- processes
+
+
+class _AllGather(torch.autograd.Function):
+    """Concatenates the tensors (b, D) of all processes to (B, D)."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor) -> Tensor:
+        parts = [torch.empty_like(local) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(parts, local.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        # Each process has a loss of its own that depends on these rows: sum over the processes.
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total)
+        return total.chunk(torch.distributed.get_world_size())[torch.distributed.get_rank()]
 
 
 @dataclass(frozen=True)
 class Distributed:
-    """The process that trains: its device, its precision, and which it is of how many (torchrun's rank and world)."""
+    """This process among those that torchrun started, and the device that it trains on."""
 
     device: torch.device
     precision: torch.dtype  # of the encoders in training
-    rank: int  # the first, 0, speaks for all, validates and writes
+    rank: int
     world_size: int
 
     @classmethod
     def init(cls, config: Config) -> "Distributed":
-        """Joins those that torchrun started. A plain `python trainer.py` is 0 of 1: no process group is made."""
-        device, precision = pick_device(config.device), torch.float32
-        if config.precision != "auto":
-            precision = getattr(torch, config.precision)
-        elif device.type == "cuda":
-            precision = (
-                torch.bfloat16
-                if torch.cuda.is_bf16_supported(including_emulation=False)
-                else torch.float16
-            )
+        """Joins the process group; a plain `python trainer.py` makes none and is rank 0 of 1."""
+        device = pick_device(config.device)
+        precision = _training_precision(config, device)
         if not torch.distributed.is_torchelastic_launched():
             return cls(device, precision, rank=0, world_size=1)
-        # Hours, as the others wait while the first fetches data or validates; of a death torchrun tells the others.
-        backend, own = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-        torch.distributed.init_process_group(backend, timeout=timedelta(hours=6), device_id=own)
-        if torch.distributed.get_rank() > 0:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (the first speaks for all)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(
+            backend,
+            # The others wait while the main process downloads or validates. If a process dies,
+            # torchrun stops the others, so that the timeout need not.
+            timeout=timedelta(hours=6),
+            device_id=device if device.type == "cuda" else None,
+        )
+        rank = torch.distributed.get_rank()
+        if rank > 0:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (only the main process prints)
             for stop in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(stop, signal.SIG_DFL)
-        return cls(
-            device, precision, torch.distributed.get_rank(), torch.distributed.get_world_size()
-        )
+        return cls(device, precision, rank, torch.distributed.get_world_size())
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process prints, validates and writes."""
+        return self.rank == 0
 
     def local_slice(self, batch_size: int) -> slice:
-        """Which pairs of each batch are its own."""
+        """The part of each batch that this process encodes."""
         if batch_size % self.world_size:
             raise UserError(
-                f"--batch-size {batch_size}: cannot be shared evenly among {self.world_size} processes"
+                f"--batch-size {batch_size}: cannot be divided evenly among "
+                f"{self.world_size} processes"
             )
-        share = batch_size // self.world_size
-        return slice(self.rank * share, (self.rank + 1) * share)
+        local_batch_size = batch_size // self.world_size
+        return slice(self.rank * local_batch_size, (self.rank + 1) * local_batch_size)
 
     def wrap_ddp(self, model: nn.Module) -> nn.Module:
-        """The model as each process trains it: with the same weights, and the mean of all gradients."""
+        """The model, or the DDP wrapper that keeps it equal in all processes."""
         if self.world_size == 1:
             return model
-        if (
-            self.device.type == "cuda"
-        ):  # batch norm in training mode sees the whole batch; torch has it for CUDA alone
+        if self.device.type == "cuda":  # torch has synchronized batch norm for CUDA only
             from timm.layers import convert_sync_batchnorm
 
             convert_sync_batchnorm(model)
-        return DistributedDataParallel(model, forward_sync_buffers=False, static_graph=True)
+        ddp_model = DistributedDataParallel(model, static_graph=True)
+        ddp_model.broadcast_buffers = False  # the constructor's argument has two names
+        return ddp_model
 
-    def all_gather(self, rows: torch.Tensor) -> torch.Tensor:
-        """From its own rows (R, D) to those of all (B, D); gradients flow back to the process that a row came from."""
-        return (
-            rows
-            if self.world_size == 1
-            else all_gather_single_autograd(rows, 0, torch.distributed.group.WORLD)
-        )
+    def all_gather(self, local: Tensor) -> Tensor:
+        """The rows of all processes (B, D) from those of this one (b, D), with gradients."""
+        return local if self.world_size == 1 else _AllGather.apply(local)
 
-    def all_reduce_mean(self, values: torch.Tensor) -> torch.Tensor:
-        """The mean of all processes' `values`."""
+    def all_reduce_mean(self, values: Tensor) -> Tensor:
+        """The mean of `values` over the processes."""
         if self.world_size > 1:
             torch.distributed.all_reduce(values)
         return values / self.world_size
 
     def main_process_first(self, work: Callable[[], None]) -> None:
-        """Has the first process `work`, then the first of each machine, where machines share no files."""
-        for leads in (self.rank == 0, os.environ.get("LOCAL_RANK", "0") == "0"):
-            if leads:
+        """Calls `work` in the main process, and then in the first process of each machine."""
+        is_first_of_machine = os.environ.get("LOCAL_RANK", "0") == "0"
+        for has_turn in (self.is_main, is_first_of_machine):
+            if has_turn:
                 work()
             self.barrier()
 
     def barrier(self) -> None:
-        """Until all processes are here."""
+        """Waits until all processes are here."""
         if self.world_size > 1:
             torch.distributed.barrier()
 
     def close(self) -> None:
-        """Ends the group, when all are done."""
+        """Waits for all processes and destroys the process group."""
         self.barrier()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
 
+def _training_precision(config: Config, device: torch.device) -> torch.dtype:
+    """ "auto" is bfloat16 on CUDA, float16 on GPUs without it, and float32 elsewhere."""
+    if config.precision != "auto":
+        return getattr(torch, config.precision)
+    if device.type != "cuda":
+        return torch.float32
+    has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bfloat16 else torch.float16
+
+
+# ---------------------------------------------------------------- loop
+
+
 @dataclass
 class Run:
-    """A training run: all that `last.pt` keeps, and what it works on."""
+    """A training run."""
 
     config: Config
     run_dir: Path
     dist: Distributed
     model: CLIP
-    ddp_model: nn.Module  # the model; of several processes, what keeps it the same in all
+    ddp_model: nn.Module  # `model` itself if there is one process
     tokenizer: Tokenizer
     splits: dict[str, Split]
     loader: DataLoader
@@ -200,78 +235,85 @@ class Run:
     scheduler: LambdaLR
     scaler: torch.amp.GradScaler
     history: list[dict[str, float]]  # the rows of metrics.csv
-    writer: Any = None  # TensorBoard's writer, where that is installed
+    writer: Any = None  # of TensorBoard, if it is installed
 
 
-def train(config: Config, checkpoint: dict[str, Any] | None) -> None:
-    """Trains from the start, or on from a checkpoint, and scores the best weights on the test split."""
+def train(config: Config, checkpoint: Checkpoint | None) -> None:
+    """Trains from the start or from a checkpoint, and scores the best epoch on the test split."""
     run = setup(config, checkpoint)
     print_summary(run)
-    if first := run.dist.rank == 0:  # it alone validates and writes
+    if run.dist.is_main:
         open_run_dir(run, resumed=checkpoint is not None)
     for epoch in range(len(run.history), config.epochs):
         started = time.perf_counter()
         loss = train_epoch(run, epoch)
-        if first:
+        if run.dist.is_main:
             validate_and_save(run, loss, time.perf_counter() - started)
-    if first:
+    if run.dist.is_main:
         test_best(run)
     run.dist.close()
 
 
 def train_epoch(run: Run, epoch: int) -> float:
-    """One pass over the training pictures; returns the mean loss of its steps, and raises if one is not finite."""
+    """One pass over the training images; returns the mean loss of its steps.
+
+    Raises `UserError` if a loss is not finite.
+    """
     set_train_mode(run.model, run.config)
-    seeds = np.random.SeedSequence((run.config.seed, epoch, run.dist.rank))
-    torch.manual_seed(
-        int(seeds.generate_state(1, np.uint64)[0])
-    )  # so that a resumed run draws the same dropout
+    seed_epoch(run.config.seed, epoch, run.dist.rank)
     run.loader.batch_sampler.set_epoch(epoch)
+    num_steps = len(run.loader)
     losses: list[float] = []
-    unread: list[Tensor] = []  # reading a loss waits for the device, so it is done now and then
+    pending: list[Tensor] = []  # losses that are still on the device
     with progress(run.loader, f"epoch {epoch + 1}", unit="step") as bar:
-        for pixels, texts in bar:
+        for step, batch in enumerate(bar, start=1):
             lr = run.scheduler.get_last_lr()[-1]
-            unread.append(train_step(run, pixels, texts))
-            if len(unread) == LOG_EVERY or len(losses) + len(unread) == len(run.loader):
-                losses += reduce_losses(
-                    run, unread, first_step=epoch * len(run.loader) + len(losses) + 1
-                )
-                speed = len(losses) * run.config.batch_size / max(bar.format_dict["elapsed"], 1e-3)
-                log_scalars(
-                    run,
-                    epoch * len(run.loader) + len(losses),
-                    {"train/loss": losses[-1], "train/lr": lr},
-                )
-                bar.set_postfix_str(
-                    f"loss {losses[-1]:.3f}, lr {lr:.1e}, {speed:.0f} pairs/s", refresh=False
-                )
-                unread = []
+            pending.append(train_step(run, batch))
+            if step % LOG_EVERY == 0 or step == num_steps:
+                global_step = epoch * num_steps + step
+                losses += reduce_losses(run, pending, global_step)
+                pending = []
+                log_scalars(run, global_step, {"train/loss": losses[-1], "train/lr": lr})
+                speed = step * run.config.batch_size / max(bar.format_dict["elapsed"], 1e-3)
+                text = f"loss {losses[-1]:.3f}, lr {lr:.1e}, {speed:.0f} pairs/s"
+                bar.set_postfix_str(text, refresh=False)
     return sum(losses) / len(losses)
 
 
-def train_step(run: Run, pixels: Tensor, texts: TokenBatches) -> Tensor:
-    """One step of the weights on this process's rows of a batch; returns their loss, which nobody has waited for."""
-    process, chunk_size = run.dist, run.config.chunk_size
-    pixels = pixels.to(process.device, non_blocking=True)
-    texts = [
-        tuple(tensor.to(process.device, non_blocking=True) for tensor in group) for group in texts
-    ]
-    lower = (
-        process.precision is not torch.float32
-    )  # in whose cache of weights no chunks' gradients may be summed
-    with torch.autocast(
-        process.device.type, process.precision, enabled=lower, cache_enabled=not chunk_size
-    ):
-        image_embeddings, text_embeddings, logit_scale = run.ddp_model(pixels, texts, chunk_size)
-    everyones = (
-        process.all_gather(image_embeddings),
-        process.all_gather(text_embeddings),
-    )  # (B, D), the negatives of all
-    loss = contrastive_loss(*everyones, logit_scale, process.local_slice(run.config.batch_size))
+def train_step(run: Run, batch: dict[str, Any]) -> Tensor:
+    """One optimizer step on this process's part of a batch; returns its loss, on the device."""
+    config, dist = run.config, run.dist
+    # 1. Move the batch to the device.
+    pixels = batch["pixels"].to(dist.device, non_blocking=True)  # (b, 3, S, S)
+    texts = []
+    for ids, mask in batch["texts"]:
+        texts.append(
+            (ids.to(dist.device, non_blocking=True), mask.to(dist.device, non_blocking=True))
+        )
+
+    # 2. Encode. Autocast caches 16-bit copies of the weights, in which the gradients of all chunks
+    # would be summed in 16 bits. Without the cache each chunk's gradient is added in float32.
+    autocast = torch.autocast(
+        dist.device.type,
+        dist.precision,
+        enabled=dist.precision is not torch.float32,
+        cache_enabled=not config.chunk_size,
+    )
+    with autocast:
+        image_embeddings, text_embeddings, logit_scale = run.ddp_model(
+            pixels, texts, config.chunk_size
+        )  # (b, D), (b, D), ()
+
+    # 3. The loss of the local pairs, with the pairs of all processes as negatives.
+    all_images = dist.all_gather(image_embeddings)  # (B, D)
+    all_texts = dist.all_gather(text_embeddings)  # (B, D)
+    local_slice = dist.local_slice(config.batch_size)
+    loss = contrastive_loss(all_images, all_texts, logit_scale, local_slice)
+
+    # 4. Update the weights.
     run.scaler.scale(loss).backward()
     run.scaler.unscale_(run.optimizer)
-    nn.utils.clip_grad_norm_(run.model.parameters(), run.config.clip_norm)
+    nn.utils.clip_grad_norm_(run.model.parameters(), config.clip_norm)
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad()
@@ -281,241 +323,214 @@ def train_step(run: Run, pixels: Tensor, texts: TokenBatches) -> Tensor:
 
 
 def set_train_mode(model: CLIP, config: Config) -> None:
-    """Pretrained batch-norm statistics stay: those of a batch cost 14 of 34 points of recall (README)."""
+    """Train mode, except for frozen encoders and pretrained batch-norm statistics.
+
+    Statistics of a batch in place of the pretrained ones cost 14 points of recall
+    (tests/benchmarks/RESULTS.md).
+    """
     model.train()
     for tower in (model.image, model.text):
-        tower.encoder.train(any(tensor.requires_grad for tensor in tower.encoder.parameters()))
-    for module in model.image.modules():
-        if config.pretrained and isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-            module.eval()
+        is_trained = any(parameter.requires_grad for parameter in tower.encoder.parameters())
+        tower.encoder.train(is_trained)
+    if config.pretrained:
+        for module in model.image.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
 
 
-def reduce_losses(run: Run, losses: list[Tensor], first_step: int) -> list[float]:
-    """The losses of whole batches, the mean over the processes; raises if one is not finite."""
+def seed_epoch(seed: int, epoch: int, rank: int) -> None:
+    """Seeds dropout and stochastic depth, so that a resumed run samples the same as before."""
+    sequence = np.random.SeedSequence((seed, epoch, rank))
+    torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
+
+
+def reduce_losses(run: Run, losses: list[Tensor], last_step: int) -> list[float]:
+    """The losses of whole batches, up to that of `last_step`: the mean over the processes.
+
+    Raises `UserError` if one is not finite.
+    """
     values = run.dist.all_reduce_mean(torch.stack(losses)).tolist()
-    for step, value in enumerate(values, start=first_step):
+    for step, value in enumerate(values, start=last_step - len(values) + 1):
         if not math.isfinite(value):
             raise UserError(
-                f"step {step}: the loss is {value}. Try lower rates (--image-lr, --text-lr, --head-lr)"
+                f"step {step}: the loss is {value}. Try lower learning rates "
+                "(--image-lr, --text-lr, --head-lr)"
             )
     return values
 
 
-# ---------------------------------------------------------------- preparing
+# ---------------------------------------------------------------- setup
 
 
-def setup(config: Config, checkpoint: dict[str, Any] | None) -> Run:
+def setup(config: Config, checkpoint: Checkpoint | None) -> Run:
     """Everything of a run, ready for its next epoch."""
-    folder, process = Path("runs") / config.name, Distributed.init(config)
-    rows = process.local_slice(config.batch_size)
-    if process.rank == 0:
-        check_run_dir(folder, config, checkpoint)
+    dist = Distributed.init(config)
+    dist.local_slice(config.batch_size)  # raises if the batch cannot be divided
+    run_dir = Path("runs") / config.name
+    if dist.is_main:
+        check_run_dir(run_dir, config, checkpoint)
+    check_data_dir(config)
+
     torch.manual_seed(config.seed)
-    model, tokenizer, splits = prepare_model_and_data(config, checkpoint, process)
-    model.to(process.device, memory_format=torch.channels_last)
-    replica = process.wrap_ddp(model)
-    loader = build_train_loader(splits["train"], tokenizer, config, process.device, rows)
+    model, tokenizer, splits = setup_model_and_data(config, checkpoint, dist)
+    if config.pretrained:
+        freeze(model.image.encoder, config.freeze_image_encoder)
+        freeze(model.text.encoder, config.freeze_text_encoder)
+    if dist.device.type == "cpu":
+        keep_depthwise_float32(model.image.encoder)
+    model.to(dist.device, memory_format=torch.channels_last)
+    ddp_model = dist.wrap_ddp(model)
+
+    loader = build_train_loader(
+        splits["train"], tokenizer, config, dist.device, dist.rank, dist.world_size
+    )
     optimizer = torch.optim.AdamW(param_groups(model, config), fused=True)
-    schedule = LambdaLR(optimizer, warmup_then_cosine(config.epochs * len(loader), config.warmup))
-    scaler = torch.amp.GradScaler(process.device.type, enabled=process.precision is torch.float16)
+    total_steps = config.epochs * len(loader)
+    scheduler = LambdaLR(optimizer, warmup_then_cosine(total_steps, config.warmup))
+    use_scaler = dist.precision is torch.float16
+    scaler = torch.amp.GradScaler(dist.device.type, enabled=use_scaler)
     run = Run(
-        config,
-        folder,
-        process,
-        model,
-        replica,
-        tokenizer,
-        splits,
-        loader,
-        optimizer,
-        schedule,
-        scaler,
-        [],
+        config=config,
+        run_dir=run_dir,
+        dist=dist,
+        model=model,
+        ddp_model=ddp_model,
+        tokenizer=tokenizer,
+        splits=splits,
+        loader=loader,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        scaler=scaler,
+        history=[],
     )
     if checkpoint:
-        run.optimizer.load_state_dict(checkpoint["optimizer"])
-        run.scheduler.load_state_dict(checkpoint["schedule"])
-        if checkpoint["scaler"]:  # a scaler's state is empty in a run whose precision needed none
-            run.scaler.load_state_dict(checkpoint["scaler"])
-        run.history += checkpoint["history"]
+        restore(run, checkpoint.training)
     return run
 
 
-def check_run_dir(folder: Path, config: Config, checkpoint: dict[str, Any] | None) -> None:
-    """Refuses to overwrite a run, and to resume one of which a part is missing."""
-    if (
-        not checkpoint
-        and (folder / "last.pt").exists()
-        and not (config.demo and config.name == DEMO_DEFAULTS["name"])
-    ):
-        raise UserError(
-            f"{folder}/last.pt exists: go on with --resume {folder}/last.pt, or choose another --name"
-        )
-    if checkpoint and checkpoint["history"] and not (folder / "best.pt").exists():
-        raise UserError(f"{folder}/best.pt: missing; a run is resumed with its whole folder")
+def check_run_dir(run_dir: Path, config: Config, checkpoint: Checkpoint | None) -> None:
+    """Raises `UserError` if a run would be overwritten, or resumed without all of its files."""
+    last, best = run_dir / "last.pt", run_dir / "best.pt"
+    is_default_demo = config.demo and config.name == DEMO_DEFAULTS["name"]
+    if not checkpoint and last.exists() and not is_default_demo:
+        raise UserError(f"{last} exists: resume it with --resume {last}, or choose another --name")
+    if checkpoint and checkpoint.training.history and not best.exists():
+        raise UserError(f"{best}: is missing; a run is resumed with its whole folder")
 
 
-def prepare_model_and_data(
-    config: Config, checkpoint: dict[str, Any] | None, process: Distributed
+def setup_model_and_data(
+    config: Config, checkpoint: Checkpoint | None, dist: Distributed
 ) -> tuple[CLIP, Tokenizer, dict[str, Split]]:
-    """Pretrained weights come first: where they cannot be had, that is said before any data is fetched."""
-    if (
-        config.data_dir not in (Config.data_dir, DEMO_DEFAULTS["data_dir"])
-        and not Path(config.data_dir).exists()
-    ):
-        raise UserError(f"--data-dir {config.data_dir}: no such folder")
-    encoders = None
-    if config.pretrained and not checkpoint:
-        print(f"model: loading the pretrained {config.text_encoder} and {config.image_encoder}")
-        encoders = *load_text_encoder(config), build_image_encoder(config)
-    splits = prepare_data(config, process)
+    """The model of a checkpoint, of pretrained encoders or from scratch; and the splits."""
     if checkpoint:
-        model, tokenizer = load_clip(checkpoint), checkpoint["tokenizer"]
-    else:
-        encoders = encoders or (
-            *text_encoder_from_scratch(config, splits["train"].texts),
-            build_image_encoder(config),
-        )
-        text, tokenizer, image = encoders
-        model = CLIP(Tower(image, config), Tower(text, config), config.temperature)
-    for tower, share in (
-        (model.image, config.freeze_image_encoder),
-        (model.text, config.freeze_text_encoder),
-    ):
-        tensors = list(tower.encoder.parameters())  # from the input to the output
-        for tensor in tensors[: round(share * len(tensors)) if config.pretrained else 0]:
-            tensor.requires_grad_(False)
-    for module in (
-        model.image.modules()
-    ):  # depthwise kernels, whose gradients a CPU computes four times slower in bf16
-        if (
-            isinstance(module, nn.Conv2d)
-            and module.groups == module.in_channels
-            and module.weight.requires_grad
-        ):
-            # torch's way to take one function out of autocast, made for those with gradients of their own
-            module.forward = torch.amp.custom_fwd(
-                module.forward, device_type="cpu", cast_inputs=torch.float32
-            )
+        return load_clip(checkpoint), checkpoint.tokenizer, load_splits(config, dist)
+    if config.pretrained:
+        # Encoders first: if they cannot be loaded, that is said before any data is downloaded.
+        print(f"model: loading the pretrained {config.text_encoder} and {config.image_encoder}")
+        model, tokenizer = build_clip(config)
+        return model, tokenizer, load_splits(config, dist)
+    splits = load_splits(config, dist)
+    model, tokenizer = build_clip(config, captions=splits["train"].texts)
     return model, tokenizer, splits
 
 
-def prepare_data(config: Config, process: Distributed) -> dict[str, Split]:
-    """The splits, after a look into the header of every picture, so that a broken one shows before the first step."""
-    process.main_process_first(lambda: prepare_dataset(config))
+def load_splits(config: Config, dist: Distributed) -> dict[str, Split]:
+    """The splits of the data folder, which is downloaded or generated first if it may be.
+
+    The header of every image is read, so that a broken one is named before the first step. Raises
+    `UserError` for it, and for fewer training images than a batch.
+    """
+    dist.main_process_first(lambda: prepare_data_dir(config))
     splits = read_splits(config.data_dir)
-    if (pictures := len(splits["train"].paths)) < config.batch_size:
+    num_images = len(splits["train"].paths)
+    if num_images < config.batch_size:
         raise UserError(
-            f"--batch-size {config.batch_size}: the training split holds only {pictures} pictures"
+            f"--batch-size {config.batch_size}: the training split has only {num_images} images"
         )
-    for path in progress(
-        [path for split in splits.values() for path in split.paths],
-        "checking pictures",
-        leave=False,
-    ):
+    paths = [path for split in splits.values() for path in split.paths]
+    for path in progress(paths, "checking images", leave=False):
         with open_image(path):
             pass
     return splits
 
 
-def prepare_dataset(config: Config) -> None:
-    """Fetches Flickr8k, or draws the demo's shapes, where the default folder is absent."""
-    folder = Path(config.data_dir)
-    if config.demo and config.data_dir == DEMO_DEFAULTS["data_dir"] and not folder.exists():
-        generate_shapes(folder)
-    elif config.data_dir == Config.data_dir and not folder.exists():
-        download_flickr8k(folder, config.download_url)
-
-
 def param_groups(model: CLIP, config: Config) -> list[dict[str, Any]]:
-    """New heads learn fast and pretrained encoders slowly; only matrices decay, not gains, biases or temperature."""
-    rates = {
-        "image": config.image_lr,
-        "text": config.text_lr,
-        "head": config.head_lr,
-    }  # the last one is shown
-    groups: dict[tuple[str, bool], list[Tensor]] = {
-        (part, matrix): [] for part in rates for matrix in (True, False)
-    }
-    for name, parameter in model.named_parameters():
-        part = "head" if ".head." in name or name == "logit_scale" else name.partition(".")[0]
-        if parameter.requires_grad:
-            groups[part, parameter.ndim > 1].append(parameter)
-    return [
-        {
-            "params": parameters,
-            "lr": rates[part],
-            "weight_decay": config.weight_decay if matrix else 0.0,
-        }
-        for (part, matrix), parameters in groups.items()
-        if parameters
-    ]
+    """Parameters with their learning rates and weight decay, the heads last.
+
+    New heads have a larger learning rate than pretrained encoders. Only matrices decay, not biases,
+    gains or the temperature.
+    """
+    heads = [model.logit_scale, *model.image.head.parameters(), *model.text.head.parameters()]
+    parts = (
+        (model.image.encoder.parameters(), config.image_lr),
+        (model.text.encoder.parameters(), config.text_lr),
+        (heads, config.head_lr),
+    )
+    groups = []
+    for parameters, lr in parts:
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        decay = [parameter for parameter in trained if parameter.ndim > 1]
+        no_decay = [parameter for parameter in trained if parameter.ndim <= 1]
+        groups.append({"params": decay, "lr": lr, "weight_decay": config.weight_decay})
+        groups.append({"params": no_decay, "lr": lr, "weight_decay": 0.0})
+    return [group for group in groups if group["params"]]
 
 
-def warmup_then_cosine(steps: int, warmup: float) -> Callable[[int], float]:
-    """The factor on every rate at a step: a line up to 1 over the first `warmup` of the steps, then a cosine to 0."""
-    rising = max(1, round(steps * warmup))
+def warmup_then_cosine(total_steps: int, warmup: float) -> Callable[[int], float]:
+    """The factor on the learning rates at a step.
+
+    Linear from 0 to 1 over the first `warmup` of the steps, then a half cosine down to 0.
+    """
+    warmup_steps = max(1, round(total_steps * warmup))
 
     def factor(step: int) -> float:
-        if step < rising:
-            return (step + 1) / rising
-        return (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising))) / 2
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        decay_steps = max(1, total_steps - warmup_steps)
+        return (1 + math.cos(math.pi * (step - warmup_steps) / decay_steps)) / 2
 
     return factor
 
 
-# ---------------------------------------------------------------- validating and saving
+def restore(run: Run, training: TrainingState) -> None:
+    """Sets the optimizer, schedule and history of a new `Run` to those of a checkpoint."""
+    run.optimizer.load_state_dict(training.optimizer)
+    run.scheduler.load_state_dict(training.scheduler)
+    if training.scaler:  # the precision may have needed none so far
+        run.scaler.load_state_dict(training.scaler)
+    run.history += training.history
+
+
+# ---------------------------------------------------------------- validation and files
 
 
 def validate(model: CLIP, run: Run, split: str) -> dict[str, float]:
-    """The recalls of a split; of the run's model after an epoch, of its best weights at the end."""
+    """The retrieval metrics of a model on a split."""
     model.eval()
-    return evaluate(
-        model.image, model.text, run.tokenizer, run.splits[split], run.config, run.dist.device
-    )
+    return evaluate(model, run.tokenizer, run.splits[split], run.config, run.dist.device)
 
 
 def best_epoch(history: list[dict[str, float]]) -> int:
-    """The epoch with the largest sum of the six recalls on the dev split; the first of equals."""
-    return max(history, key=lambda row: sum(row[name] for name in RECALLS))["epoch"]
-
-
-def checkpoint_of(run: Run) -> dict[str, Any]:
-    return make_checkpoint(
-        run.model, run.tokenizer, run.config, example_query=run.splits["test"].captions[0][0]
-    )
-
-
-def save_checkpoint(run: Run) -> None:
-    """`last.pt`, with everything needed to go on, and the report that is made of it."""
-    state = {
-        "optimizer": run.optimizer.state_dict(),
-        "schedule": run.scheduler.state_dict(),
-        "scaler": run.scaler.state_dict(),
-    }
-    content = {**checkpoint_of(run), **state, "history": run.history}
-    atomic_write(run.run_dir / "last.pt", lambda file: torch.save(content, file))
-    write_metrics(run)
+    """The epoch with the largest sum of the six recalls on dev; the first of equal ones."""
+    best = max(history, key=lambda row: sum(row[name] for name in RECALLS))
+    return best["epoch"]
 
 
 def open_run_dir(run: Run, resumed: bool) -> None:
-    """The run's folder, with `last.pt` before the first step."""
+    """Creates the run's folder, with `last.pt` before the first step."""
     try:
         run.run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"{run.run_dir}: cannot be made into the run's folder: {error.strerror}"
-        ) from None
+        raise UserError(f"{run.run_dir}: cannot be created: {error.strerror}") from None
     if importlib.util.find_spec("tensorboard"):
         from torch.utils.tensorboard import SummaryWriter
 
-        run.writer = SummaryWriter(
-            run.run_dir / "events", purge_step=len(run.history) * len(run.loader) + 1
-        )
-    for half_written in run.run_dir.glob("*.tmp"):  # by a run that was killed
-        half_written.unlink()
+        next_step = len(run.history) * len(run.loader) + 1
+        run.writer = SummaryWriter(run.run_dir / "events", purge_step=next_step)
+    for temporary in run.run_dir.glob("*.tmp"):  # of a run that was killed while it wrote
+        temporary.unlink()
     if resumed:
-        write_metrics(run)  # it may have been killed before
+        write_metrics(run)  # the run may have been killed before it wrote them
     else:
         save_checkpoint(run)
         for leftover in ("best.pt", "test.json", "curves.png"):  # of an earlier demo
@@ -523,98 +538,115 @@ def open_run_dir(run: Run, resumed: bool) -> None:
 
 
 def validate_and_save(run: Run, loss: float, seconds: float) -> None:
-    """Validates, and writes the epoch's row and weights."""
-    epoch, metrics = len(run.history) + 1, validate(run.model, run, "dev")
-    speed, lr = (
-        len(run.loader) * run.config.batch_size / seconds,
-        run.optimizer.param_groups[-1]["lr"],
-    )
+    """Ends an epoch: validates, prints a line, and writes the run's files."""
+    epoch = len(run.history) + 1
+    metrics = validate(run.model, run, "dev")
     row = {
         "epoch": epoch,
         "seconds": seconds,
-        "pairs_per_second": speed,
-        "lr": lr,
+        "pairs_per_second": len(run.loader) * run.config.batch_size / seconds,
+        "lr": run.optimizer.param_groups[-1]["lr"],
         "train_loss": loss,
     }
     run.history.append(row | metrics)
-    print(
-        f"epoch {epoch} of {run.config.epochs}: loss {loss:.3f}, {seconds:.0f} s; dev {format_metrics(metrics)}"
-    )
+    progress_text = f"epoch {epoch} of {run.config.epochs}: loss {loss:.3f}, {seconds:.0f} s"
+    print(f"{progress_text}; dev {format_metrics(metrics)}")
     log_scalars(run, epoch, {f"dev/{name}": value for name, value in metrics.items()})
     if best_epoch(run.history) == epoch:
-        atomic_write(run.run_dir / "best.pt", lambda file: torch.save(checkpoint_of(run), file))
+        content = checkpoint_of(run)
+        atomic_write(run.run_dir / "best.pt", lambda file: torch.save(content, file))
     save_checkpoint(run)
 
 
+def checkpoint_of(run: Run) -> dict[str, Any]:
+    """What a search needs; its example query is the first test caption."""
+    example_query = run.splits["test"].captions[0][0]
+    return make_checkpoint(run.model, run.tokenizer, run.config, example_query)
+
+
+def save_checkpoint(run: Run) -> None:
+    """Writes `last.pt`, with everything needed to resume, and the metrics."""
+    content = {
+        **checkpoint_of(run),
+        "optimizer": run.optimizer.state_dict(),
+        "schedule": run.scheduler.state_dict(),
+        "scaler": run.scaler.state_dict(),
+        "history": run.history,
+    }
+    atomic_write(run.run_dir / "last.pt", lambda file: torch.save(content, file))
+    write_metrics(run)
+
+
 def write_metrics(run: Run) -> None:
-    """`metrics.csv` with a row an epoch, and `curves.png`."""
-    table = pd.DataFrame(
-        run.history, columns=["epoch", "seconds", "pairs_per_second", "lr", "train_loss", *METRICS]
-    )
+    """Writes `metrics.csv`, one row per epoch, and `curves.png`."""
+    table = pd.DataFrame(run.history, columns=METRICS_COLUMNS)
     atomic_write(run.run_dir / "metrics.csv", lambda file: table.to_csv(file, index=False))
     if len(table):
-        figure = plot_curves(table, math.log(run.config.batch_size), best_epoch(run.history))
+        chance = chance_loss(run.config.batch_size)
+        figure = plot_curves(table, chance, best_epoch(run.history))
         atomic_write(run.run_dir / "curves.png", lambda file: figure.savefig(file, format="png"))
 
 
 def log_scalars(run: Run, step: int, values: dict[str, float]) -> None:
-    for name, value in values.items() if run.writer else ():
-        run.writer.add_scalar(name, value, step)
+    """Writes values to TensorBoard's event file, if TensorBoard is installed."""
+    if run.writer:
+        for name, value in values.items():
+            run.writer.add_scalar(name, value, step)
 
 
 def plot_curves(table: pd.DataFrame, chance: float, best: int) -> Figure:
-    """The training loss with its chance level, and the recalls on the dev split both ways."""
+    """The training loss with its value at chance, and the recalls on dev in both directions."""
     figure = Figure(figsize=(12, 3.6), dpi=110, layout="constrained")
-    loss, *ways = figure.subplots(1, 3)
-    loss.plot(table["epoch"], table["train_loss"], marker=".", label="training")
-    loss.axhline(chance, color="gray", linestyle=":", label="chance, ln(batch)")
-    loss.set(title="contrastive loss", xlabel="epoch", ylabel="nats", ylim=(0, None))
-    for axes, way, title in zip(ways, ("t2i", "i2t"), ("text to image", "image to text")):
-        for k in RECALLS_AT:
-            axes.plot(table["epoch"], table[f"{way}_r{k}"], marker=".", label=f"R@{k}")
-        axes.set(title=f"{title}, dev split", xlabel="epoch", ylabel="recall, %", ylim=(0, 102))
-    for axes in (loss, *ways):
-        axes.axvline(
-            best, color="black", linewidth=0.8, linestyle="--", label=f"best epoch, {best}"
-        )
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+    loss_ax, t2i_ax, i2t_ax = figure.subplots(1, 3)
+    loss_ax.plot(table["epoch"], table["train_loss"], marker=".", label="training")
+    loss_ax.axhline(chance, color="gray", linestyle=":", label="at chance")
+    loss_ax.set(title="contrastive loss", xlabel="epoch", ylabel="nats", ylim=(0, None))
+    directions = ((t2i_ax, "t2i", "text to image"), (i2t_ax, "i2t", "image to text"))
+    for ax, direction, title in directions:
+        for k in RECALL_KS:
+            ax.plot(table["epoch"], table[f"{direction}_r{k}"], marker=".", label=f"R@{k}")
+        ax.set(title=f"{title}, dev split", xlabel="epoch", ylabel="recall, %", ylim=(0, 102))
+    for ax in (loss_ax, t2i_ax, i2t_ax):
+        label = f"best epoch, {best}"
+        ax.axvline(best, color="black", linewidth=0.8, linestyle="--", label=label)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=8)
     return figure
 
 
 def print_summary(run: Run) -> None:
-    """The settings, the device and the sizes, once."""
-    config, model, process = run.config, run.model, run.dist
+    """Prints the settings, the sizes and the device."""
+    config, model, dist = run.config, run.model, run.dist
     print("config:", ", ".join(f"{name}={value!r}" for name, value in asdict(config).items()))
-    millions = [
-        sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.image, model.text)
-    ]
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+    image_millions = sum(p.numel() for p in model.image.parameters()) / 1e6
+    text_millions = sum(p.numel() for p in model.text.parameters()) / 1e6
+    trained_millions = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
     print(
-        f"model: {millions[0]:.1f} M image + {millions[1]:.1f} M text parameters, {trained:.1f} M of them trained"
+        f"model: {image_millions:.1f} M image + {text_millions:.1f} M text parameters, "
+        f"{trained_millions:.1f} M of them trained"
     )
-    kind = f"{str(process.precision).removeprefix('torch.')}, {process.world_size} process{'es' * (process.world_size > 1)}"
+    precision = str(dist.precision).removeprefix("torch.")
+    processes = "1 process" if dist.world_size == 1 else f"{dist.world_size} processes"
     print(
-        f"device: {process.device}, {kind}; {len(run.loader)} steps an epoch of {config.batch_size} pairs"
+        f"device: {dist.device}, {precision}, {processes}; "
+        f"{len(run.loader)} steps per epoch of {config.batch_size} pairs"
     )
-    print(f"loss at chance: ln({config.batch_size}) = {math.log(config.batch_size):.3f}")
+    print(f"loss at chance: {chance_loss(config.batch_size):.3f}")
 
 
 def test_best(run: Run) -> None:
-    """Scores the best weights on the test split, once, and says what to do next."""
-    best = load_checkpoint(run.run_dir / "best.pt")
-    metrics = validate(
-        load_clip(best).to(run.dist.device, memory_format=torch.channels_last), run, "test"
-    )
-    atomic_write(
-        run.run_dir / "test.json", lambda file: file.write(json.dumps(metrics, indent=2).encode())
-    )
+    """Scores the best epoch on the test split, and prints a command to search with it."""
+    best = run.run_dir / "best.pt"
+    checkpoint = load_checkpoint(best)
+    model = load_clip(checkpoint).to(run.dist.device, memory_format=torch.channels_last)
+    metrics = validate(model, run, "test")
+    content = json.dumps(metrics, indent=2).encode()
+    atomic_write(run.run_dir / "test.json", lambda file: file.write(content))
     print(f"test, with the weights of epoch {best_epoch(run.history)}: {format_metrics(metrics)}")
     print(f"saved in {run.run_dir}: best.pt, last.pt, metrics.csv, curves.png, test.json")
-    print(
-        f"python inference.py --weights {run.run_dir / 'best.pt'} --n 8 --query {shlex.quote(best['example_query'])}"
-    )
+    command = ["python", "inference.py", "--weights", str(best), "--n", "8"]
+    print(shlex.join([*command, "--query", checkpoint.example_query]))
 
 
 if __name__ == "__main__":
