@@ -1,10 +1,11 @@
-"""What the tests share: a small data set of shapes, a run on it, and the command lines as a user types them."""
+"""Shared by the tests: a small data set, a finished run on it, and helpers to run the scripts."""
 
 import functools
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -15,37 +16,18 @@ from torch import Tensor
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "benchmarks")]
-os.environ.update(
-    HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1"
-)  # tiny models: one is enough
+os.environ.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
 
 import trainer  # noqa: E402
 from config import Config  # noqa: E402
 from data import generate_shapes  # noqa: E402
-from models import (  # noqa: E402
-    CLIP,
-    Tower,
-    build_image_encoder,
-    load_text_encoder,
-    text_encoder_from_scratch,
-)
-from trainer import main as train  # noqa: E402
+from models import CLIP, build_clip  # noqa: E402
 
-TINY = [
-    "--demo",
-    "--image-size",
-    "32",
-    "--batch-size",
-    "8",
-    "--epochs",
-    "2",
-    "--num-workers",
-    "0",
-    "--device",
-    "cpu",
-]
-STEPS = 6  # of such a run in an epoch: 48 pictures in batches of 8
-FILES = ["best.pt", "curves.png", "last.pt", "metrics.csv", "test.json"]
+# Flags of a small training run on the fixture `shapes`.
+TINY = ["--demo", "--image-size", "32", "--batch-size", "8", "--epochs", "2"]
+TINY += ["--num-workers", "0", "--device", "cpu"]
+STEPS = 6  # per epoch of such a run: 48 images in batches of 8
+FILES = ["best.pt", "curves.png", "last.pt", "metrics.csv", "test.json"]  # of a run's folder
 TIMES = ["seconds", "pairs_per_second"]  # the columns in which equal runs may differ
 
 CAPTIONS = [
@@ -67,71 +49,78 @@ CONFIG = Config(
 )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", 'slow: takes seconds; left out by -m "not slow"')
+
+
 # ---------------------------------------------------------------- commands
 
 
 @functools.cache
 def without_network() -> list[str]:
-    """What to put before a command so that it has no network, where this system lets a user do that."""
-    cut_off = ["unshare", "--map-root-user", "--net"]
-    possible = (
-        shutil.which("unshare")
-        and subprocess.run([*cut_off, "true"], capture_output=True).returncode == 0
-    )
-    return cut_off if possible else []
+    """A command prefix that cuts off the network, empty where the system does not allow it."""
+    prefix = ["unshare", "--map-root-user", "--net"]
+    if not shutil.which("unshare"):
+        return []
+    allowed = subprocess.run([*prefix, "true"], capture_output=True).returncode == 0
+    return prefix if allowed else []
 
 
 def script(
     *command: str, cwd: Path, network: bool = True, processes: int = 0
 ) -> subprocess.CompletedProcess:
-    """Runs `trainer.py ...` or `inference.py ...` in a process of its own, or in so many that torchrun starts."""
+    """Runs `trainer.py ...` or `inference.py ...` as a process, or as several by torchrun."""
     name, *arguments = command
-    cut_off = [] if network else without_network()
-    environment = os.environ | {
-        "HF_HOME": str(cwd / "empty-cache"),
-        "TORCH_HOME": str(cwd / "empty-cache"),
-    }
-    torchrun = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        if processes
-        else []
-    )
+    prefix = [] if network else without_network()
+    torchrun = []
+    if processes:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    caches = {"HF_HOME": str(cwd / "empty-cache"), "TORCH_HOME": str(cwd / "empty-cache")}
     with subprocess.Popen(
-        [*cut_off, sys.executable, *torchrun, str(ROOT / name), *arguments],
+        [*prefix, sys.executable, *torchrun, str(ROOT / name), *arguments],
         cwd=cwd,
-        env=environment,
+        env=os.environ | caches,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
         try:
-            printed, said = process.communicate(timeout=240)
+            stdout, stderr = process.communicate(timeout=240)
         except BaseException:
-            process.terminate()  # upon which torchrun ends its own
+            process.terminate()  # torchrun then ends its own processes
             raise
-    return subprocess.CompletedProcess(process.args, process.returncode, printed, said)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
-def at_step(step: int, what: object):
-    """A loss that, at one step counted from 1, is multiplied by `what` or raises it."""
+def error_message(main: Callable, *arguments: object) -> str:
+    """The one line of the error with which `main(arguments)` ends."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    assert isinstance(stop.value.code, str)
+    assert "\n" not in stop.value.code
+    return stop.value.code
+
+
+def at_step(step: int, effect: float | BaseException) -> Callable:
+    """A loss that at one step, counted from 1, raises `effect` or is multiplied by it."""
     steps = iter(range(1, 1_000_000))
 
-    def loss(*batch: object, original=trainer.contrastive_loss) -> Tensor:
+    def loss(*batch: object, original: Callable = trainer.contrastive_loss) -> Tensor:
         value = original(*batch)
         if next(steps) != step:
             return value
-        if isinstance(what, BaseException):
-            raise what
-        return value * what
+        if isinstance(effect, BaseException):
+            raise effect
+        return value * effect
 
     return loss
 
 
-# ---------------------------------------------------------------- what a run leaves
+# ---------------------------------------------------------------- files of a run
 
 
-def tensors(weights: Path) -> dict[str, Tensor]:
-    return torch.load(weights, weights_only=True)["model"]
+def tensors(checkpoint: Path) -> dict[str, Tensor]:
+    return torch.load(checkpoint, weights_only=True)["model"]
 
 
 def assert_same_tensors(one: Path, other: Path) -> None:
@@ -140,52 +129,48 @@ def assert_same_tensors(one: Path, other: Path) -> None:
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
-def curve(folder: Path) -> pd.DataFrame:
+def curve(run_dir: Path) -> pd.DataFrame:
     """`metrics.csv` to the last digit, without its two columns of times."""
-    return pd.read_csv(folder / "metrics.csv", dtype=str).drop(columns=TIMES)
+    return pd.read_csv(run_dir / "metrics.csv", dtype=str).drop(columns=TIMES)
 
 
 def names_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-# ---------------------------------------------------------------- tiny models
+# ---------------------------------------------------------------- small models
 
 
 def build(config: Config) -> tuple[CLIP, Tokenizer]:
-    """An untrained model whose batch-norm statistics are no longer those of a fresh one, and its tokeniser."""
+    """An untrained model, with batch-norm statistics of a batch, and its tokenizer."""
     torch.manual_seed(0)
-    load = (
-        load_text_encoder(config)
-        if config.pretrained
-        else text_encoder_from_scratch(config, CAPTIONS)
-    )
-    image, (text, tokenizer) = build_image_encoder(config), load
-    model = CLIP(Tower(image, config), Tower(text, config), config.temperature)
+    model, tokenizer = build_clip(config, CAPTIONS)
     if not config.pretrained:
-        model.encode_image(pictures(config))
+        model.encode_image(random_pixels(config))
     return model.eval(), tokenizer
 
 
-def pictures(config: Config, seed: int = 0, count: int = 4) -> Tensor:
-    generator, side = torch.Generator().manual_seed(seed), config.image_size
+def random_pixels(config: Config, seed: int = 0, count: int = 4) -> Tensor:
+    """Random images (count, 3, S, S) `uint8`."""
+    generator = torch.Generator().manual_seed(seed)
+    side = config.image_size
     return torch.randint(0, 256, (count, 3, side, side), generator=generator, dtype=torch.uint8)
 
 
-def farthest(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    """How far apart two sets of tensors are: the worst of them, as a share of its length.
+def max_relative_error(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """The largest distance of a pair of tensors, relative to the norm of the second.
 
-    What is next to nothing beside the others, such as the gradient of a key's bias, which is nought but for rounding,
-    is measured by a hundred-thousandth of their length.
+    The norm counts as at least 1e-5 of the norm of all, because some tensors are zero but for
+    rounding, such as the gradient of a key's bias.
     """
     assert ours.keys() == theirs.keys()
     total = sum(tensor.double().square().sum() for tensor in theirs.values()).sqrt()
     assert total > 0
-    apart = [
+    errors = [
         (ours[name] - tensor).double().norm() / (tensor.double().norm() + 1e-5 * total)
         for name, tensor in theirs.items()
     ]
-    return max(apart).item()
+    return max(errors).item()
 
 
 # ---------------------------------------------------------------- fixtures
@@ -193,7 +178,7 @@ def farthest(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """48 training, 12 dev and 12 test scenes in the Kaggle layout; never written to."""
+    """48 training, 12 dev and 12 test scenes in Kaggle's layout; never written to."""
     folder = tmp_path_factory.mktemp("data") / "shapes"
     generate_shapes(folder, train=48, dev=12, test=12)
     return folder
@@ -201,15 +186,15 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Path:
-    """The run folder of a finished tiny training; never written to."""
-    workdir = tmp_path_factory.mktemp("trained")
+    """The folder of a finished small run; never written to."""
+    folder = tmp_path_factory.mktemp("trained")
     before = Path.cwd()
-    os.chdir(workdir)
+    os.chdir(folder)
     try:
-        train([*TINY, "--data-dir", str(shapes)])
+        trainer.main([*TINY, "--data-dir", str(shapes)])
     finally:
         os.chdir(before)
-    return workdir / "runs" / "demo"
+    return folder / "runs" / "demo"
 
 
 @pytest.fixture

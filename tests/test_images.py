@@ -1,0 +1,571 @@
+"""Tests of data.py: loading and transforming images, and batches of images with captions."""
+
+import re
+import struct
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from config import Config, UserError, parse
+from data import (
+    ImageCaptionDataset,
+    Split,
+    Transform,
+    build_train_loader,
+    load_image,
+    read_splits,
+    tokenize,
+)
+from models import build_wordpiece_tokenizer
+
+CPU = torch.device("cpu")
+CUDA = torch.device("cuda")
+ORIENTATION = 0x0112  # EXIF tag
+ROTATE_RIGHT = 6  # its value for an image that must be rotated by 90 degrees clockwise
+
+Epoch = list[tuple[str, Tensor]]  # caption and pixels of each pair, in order
+
+
+def save_image(folder: Path, name: str, image: Image.Image, **options: Any) -> Path:
+    image.save(folder / name, **options)
+    return folder / name
+
+
+def noise_image(rng: np.random.Generator, height: int, width: int) -> Image.Image:
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+# ---------------------------------------------------------------- load_image
+
+
+@pytest.mark.parametrize(
+    ("image", "color"),
+    [
+        pytest.param(Image.new("L", (3, 2), 100), (100, 100, 100), id="grayscale"),
+        pytest.param(Image.new("RGB", (3, 2), (255, 0, 0)).convert("P"), (255, 0, 0), id="palette"),
+        pytest.param(Image.new("1", (3, 2), 1), (255, 255, 255), id="black and white"),
+    ],
+)
+def test_load_image_converts_to_rgb(tmp_path: Path, image: Image.Image, color: tuple[int, ...]):
+    pixels = load_image(save_image(tmp_path, "image.png", image))
+    assert pixels.shape == (2, 3, 3)
+    assert pixels.dtype == np.uint8
+    assert (pixels == color).all()
+
+
+def test_load_image_converts_cmyk_to_rgb(tmp_path: Path):
+    image = Image.new("CMYK", (16, 8), (0, 255, 255, 0))
+    pixels = load_image(save_image(tmp_path, "print.jpg", image, quality=95))
+    assert pixels.shape == (8, 16, 3)
+    assert (abs(pixels.astype(int) - (255, 0, 0)) < 10).all()
+
+
+@pytest.mark.parametrize("name", ["deep.png", "deep.tif"])
+def test_load_image_scales_16_bits(tmp_path: Path, name: str):
+    """Pillow's own conversion clips them to white."""
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    pixels = load_image(save_image(tmp_path, name, Image.fromarray(ramp)))
+    assert pixels.shape == (16, 16, 3)
+    assert pixels.dtype == np.uint8
+    assert (abs(pixels[..., 0].astype(float) - ramp / 257) <= 1).all()
+
+
+def transparent_image(mode: str) -> tuple[Image.Image, dict[str, Any]]:
+    """A transparent pixel and a black one, and the options to save them with."""
+    if mode == "palette":
+        image = Image.new("P", (2, 1), 0)
+        image.putpalette([10, 20, 30, 0, 0, 0])
+        image.putpixel((1, 0), 1)
+        return image, {"transparency": 0}
+    if mode == "one color":
+        image = Image.new("RGB", (2, 1), (10, 20, 30))
+        image.putpixel((1, 0), (0, 0, 0))
+        return image, {"transparency": (10, 20, 30)}
+    image = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
+    image.putpixel((1, 0), (0, 0, 0, 255))
+    return image.convert(mode), {}
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "palette", "one color"])
+def test_load_image_shows_transparency_as_white(tmp_path: Path, mode: str):
+    image, options = transparent_image(mode)
+    pixels = load_image(save_image(tmp_path, "transparent.png", image, **options))
+    assert pixels.tolist() == [[[255] * 3, [0] * 3]]
+
+
+def test_load_image_blends_half_transparency_with_white(tmp_path: Path):
+    image = Image.new("RGBA", (1, 1), (255, 0, 0, 128))
+    pixels = load_image(save_image(tmp_path, "half.png", image))
+    assert (abs(pixels.astype(int) - (255, 127, 127)) <= 1).all()
+
+
+def test_load_image_turns_image_upright(tmp_path: Path):
+    """The red left half of the file is the upper half of the image."""
+    image = Image.new("RGB", (32, 16), "black")
+    image.paste("red", (0, 0, 16, 16))
+    exif = Image.Exif()
+    exif[ORIENTATION] = ROTATE_RIGHT
+    pixels = load_image(save_image(tmp_path, "turned.jpg", image, exif=exif, quality=95))
+    assert pixels.shape == (32, 16, 3)
+    assert (pixels[:12, :, 0] > 200).all()
+    assert (pixels[20:] < 50).all()
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_load_image_turns_image_as_pillow_does(tmp_path: Path, orientation: int):
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    image = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(4, 6))
+    path = save_image(tmp_path, "turned.png", image, exif=exif)
+    expected = np.array(ImageOps.exif_transpose(Image.open(path)))
+    assert (load_image(path)[:, :, 0] == expected).all()
+
+
+def test_load_image_turns_image_with_damaged_exif(tmp_path: Path):
+    """Another entry of the EXIF block is damaged, so that Pillow's own function fails."""
+    exif = Image.Exif()
+    exif[ORIENTATION] = ROTATE_RIGHT
+    exif[0x0100] = 40  # the width
+    path = save_image(tmp_path, "damaged.jpg", Image.new("RGB", (40, 30)), exif=exif)
+    entry = exif.tobytes()[16:22]  # the width's tag, its type (4, a number) and its count (1)
+    damaged = entry[:2] + b"\0\2" + entry[4:]  # type 2, a text
+    path.write_bytes(path.read_bytes().replace(entry, damaged))
+    with pytest.raises((struct.error, TypeError, AttributeError)):
+        ImageOps.exif_transpose(Image.open(path))
+    assert load_image(path).shape == (40, 30, 3)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (4000, 20), (20, 4000)])
+@pytest.mark.parametrize("augment", [True, False])
+def test_loader_accepts_tiny_and_very_long_images(
+    tmp_path: Path, size: tuple[int, int], augment: bool
+):
+    path = save_image(tmp_path, "odd.png", Image.new("RGB", size, (200, 30, 30)))
+    assert load_image(path).shape == (*size[::-1], 3)
+    split = Split([path] * 2, [["A dog runs ."]] * 2)
+    (epoch,) = load_epochs(split, augment=augment, batch_size=2)
+    for _, pixels in epoch:
+        assert pixels.shape == (3, 32, 32)
+        assert (pixels[0] > pixels[1]).all()
+
+
+def broken_image(folder: Path, kind: str) -> Path:
+    path = folder / f"{kind}.jpg"
+    if kind == "truncated":
+        save_image(folder, path.name, noise_image(np.random.default_rng(0), 64, 64))
+        jpeg = path.read_bytes()
+        path.write_bytes(jpeg[: len(jpeg) // 2])
+    elif kind == "empty":
+        path.touch()
+    elif kind == "text":
+        path.write_text("not an image")
+    elif kind == "folder":
+        path.mkdir()
+    return path
+
+
+@pytest.mark.parametrize("kind", ["truncated", "empty", "text", "folder", "absent"])
+def test_load_image_rejects_what_is_no_image(tmp_path: Path, kind: str):
+    path = broken_image(tmp_path, kind)
+    with pytest.raises(UserError, match=re.escape(str(path))) as error:
+        load_image(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_loader_names_broken_image_in_one_line(tmp_path: Path, num_workers: int):
+    path = broken_image(tmp_path, "truncated")
+    split = Split([path] * 4, [["A dog runs ."]] * 4)
+    with pytest.raises(UserError) as error:
+        load_epochs(split, num_workers=num_workers)
+    assert str(error.value).startswith(str(path))
+    assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------- sampling of captions and images
+
+
+@pytest.fixture(scope="module")
+def noise(tmp_path_factory: pytest.TempPathFactory) -> Split:
+    """14 different images of noise, with 1 to 4 captions each.
+
+    Caption j of image i begins with "p{i}c{j}". The captions have many different lengths.
+    """
+    folder = tmp_path_factory.mktemp("noise")
+    rng = np.random.default_rng(0)
+    paths = []
+    captions = []
+    for i in range(14):
+        paths.append(save_image(folder, f"{i}.png", noise_image(rng, 30, 40)))
+        captions.append([f"p{i}c{j}" + " dog" * (3 * i + j) for j in range(1 + i % 4)])
+    return Split(paths, captions)
+
+
+def tokenizer_of(split: Split, max_length: int = 64) -> Tokenizer:
+    return build_wordpiece_tokenizer(split.texts, max_length)
+
+
+def load_epochs(split: Split, epochs: tuple[int, ...] = (0,), **settings: Any) -> list[Epoch]:
+    """The pairs of these epochs, from one loader of the training batches."""
+    config = Config(**{"image_size": 32, "batch_size": 4, "num_workers": 0} | settings)
+    tokenizer = tokenizer_of(split)
+    text_of_ids = {tuple(tokenizer.encode(text).ids): text for text in split.texts}
+    loader = build_train_loader(split, tokenizer, config, CPU)
+    loaded = []
+    for epoch in epochs:
+        loader.batch_sampler.set_epoch(epoch)
+        pairs = []
+        for batch in loader:
+            captions = []
+            for ids, mask in batch["texts"]:
+                for token_ids, token_mask in zip(ids, mask, strict=True):
+                    captions.append(text_of_ids[tuple(token_ids[token_mask.bool()].tolist())])
+            pairs += zip(captions, batch["pixels"].clone(), strict=True)
+        loaded.append(pairs)
+    return loaded
+
+
+def captions_of(epoch: Epoch) -> list[str]:
+    return [caption for caption, _ in epoch]
+
+
+def image_of(caption: str) -> str:
+    """The image that a caption of `noise` belongs to: "p3" of "p3c1 dog"."""
+    return caption.partition("c")[0]
+
+
+def images_of(epoch: Epoch) -> list[str]:
+    return [image_of(caption) for caption in captions_of(epoch)]
+
+
+def assert_same_pairs(one: Epoch, other: Epoch) -> None:
+    assert captions_of(one) == captions_of(other)
+    for (_, ours), (_, theirs) in zip(one, other, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.fixture(scope="module")
+def three_epochs(noise: Split) -> list[Epoch]:
+    return load_epochs(noise, (0, 1, 2))
+
+
+def test_dataset_behaves_as_pytorch_dataset(noise: Split):
+    """It has a length, int indices and dict items; i and len + i are the same image."""
+    dataset = ImageCaptionDataset(noise, Config(image_size=32, augment=False))
+    assert isinstance(dataset, Dataset)
+    assert len(dataset) == 14
+    for i, (path, captions) in enumerate(zip(noise.paths, noise.captions, strict=True)):
+        expected = Transform(32)(load_image(path))
+        for item in (dataset[i], dataset[len(dataset) + i]):  # epochs 0 and 1
+            assert item.keys() == {"pixels", "caption"}
+            assert item["pixels"].shape == (32, 32, 3)
+            assert item["pixels"].dtype == np.uint8
+            assert (item["pixels"] == expected).all()
+            assert item["caption"] in captions
+
+
+def test_dataset_augments_the_same_image_anew_in_each_epoch(noise: Split):
+    """The caption is sampled anew too; the same index gives the same item."""
+    dataset = ImageCaptionDataset(noise, Config(image_size=32))
+    captions = []
+    for i in range(len(dataset)):
+        first = dataset[i]
+        again = dataset[i]
+        second = dataset[len(dataset) + i]
+        assert (first["pixels"] == again["pixels"]).all()
+        assert first["caption"] == again["caption"]
+        assert (first["pixels"] != second["pixels"]).any()
+        assert image_of(first["caption"]) == image_of(second["caption"]) == f"p{i}"
+        captions.append((first["caption"], second["caption"]))
+    assert any(one != other for one, other in captions)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_dataset_works_with_a_plain_pytorch_loader(noise: Split, num_workers: int):
+    """With PyTorch's own sampler and collate function."""
+    dataset = ImageCaptionDataset(noise, Config(image_size=32))
+    batches = list(DataLoader(dataset, batch_size=7, num_workers=num_workers))
+    assert [tuple(batch["pixels"].shape) for batch in batches] == [(7, 32, 32, 3)] * 2
+    captions = [caption for batch in batches for caption in batch["caption"]]
+    assert [image_of(caption) for caption in captions] == [f"p{i}" for i in range(14)]
+
+
+@pytest.mark.parametrize("num_workers", [1, 4])
+def test_loader_samples_the_same_with_persistent_workers(
+    noise: Split, three_epochs: list[Epoch], num_workers: int
+):
+    """The captions and pixels of all epochs do not depend on the number of workers."""
+    loaded = load_epochs(noise, (0, 1, 2), num_workers=num_workers)
+    for one, other in zip(loaded, three_epochs, strict=True):
+        assert_same_pairs(one, other)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_loader_samples_the_same_after_resume(
+    noise: Split, three_epochs: list[Epoch], num_workers: int
+):
+    (epoch,) = load_epochs(noise, (2,), num_workers=num_workers)
+    assert_same_pairs(epoch, three_epochs[2])
+
+
+def test_loader_neither_uses_nor_changes_global_generator(noise: Split, three_epochs: list[Epoch]):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(123)
+        before = torch.get_rng_state()
+        (epoch,) = load_epochs(noise)
+        assert_same_pairs(epoch, three_epochs[0])
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_loader_samples_the_same_with_any_batch_size(noise: Split, three_epochs: list[Epoch]):
+    """An image's caption and pixels do not depend on the other images of its batch."""
+    (epoch,) = load_epochs(noise, (1,), batch_size=7)
+    pixels_of = dict(epoch)
+    for caption, pixels in three_epochs[1]:
+        assert torch.equal(pixels, pixels_of[caption])
+
+
+@pytest.mark.parametrize("chunk_size", [2, 3, 14])
+def test_loader_samples_the_same_with_any_chunk_size(
+    noise: Split, three_epochs: list[Epoch], chunk_size: int
+):
+    (epoch,) = load_epochs(noise, (1,), chunk_size=chunk_size)
+    assert_same_pairs(epoch, three_epochs[1])
+
+
+@pytest.mark.parametrize(("settings", "number"), [({}, 1), ({}, 2), ({"seed": 1}, 0)])
+def test_loader_samples_anew_for_each_epoch_and_seed(
+    noise: Split, three_epochs: list[Epoch], settings: dict[str, int], number: int
+):
+    """Captions, pixels and order differ from those of epoch 0 of seed 0."""
+    (epoch,) = load_epochs(noise, (number,), **settings)
+    first = three_epochs[0]
+    assert captions_of(epoch) != captions_of(first)
+    assert set(captions_of(epoch)) != set(captions_of(first))
+    assert images_of(epoch) != images_of(first)
+
+    first_pixels = dict(first)
+    repeated = [(caption, pixels) for caption, pixels in epoch if caption in first_pixels]
+    assert repeated
+    for caption, pixels in repeated:
+        assert not torch.equal(pixels, first_pixels[caption])
+
+
+def test_sampler_repeats_no_image_and_drops_incomplete_batch(three_epochs: list[Epoch]):
+    """14 images are three batches of 4."""
+    for epoch in three_epochs:
+        images = images_of(epoch)
+        assert len(images) == len(set(images)) == 12
+
+
+def test_sampler_yields_every_image_if_batches_divide_them(noise: Split):
+    (epoch,) = load_epochs(noise, batch_size=7)
+    assert set(images_of(epoch)) == {f"p{i}" for i in range(14)}
+
+
+@pytest.mark.slow
+def test_dataset_samples_captions_of_an_image_evenly(noise: Split):
+    epochs = load_epochs(noise, tuple(range(100)), batch_size=14, augment=False)
+    counts = Counter()
+    for epoch in epochs:
+        counts.update(captions_of(epoch))
+    for captions in noise.captions:
+        assert sum(counts[caption] for caption in captions) == 100
+        assert all(counts[caption] > 50 / len(captions) for caption in captions)
+
+
+def test_loader_pairs_each_caption_with_its_own_image(noise: Split):
+    """The mean color of the pixels is nearest to that of the caption's own image."""
+    (epoch,) = load_epochs(noise, batch_size=14, augment=False, image_size=40)
+    means = {}
+    for i, path in enumerate(noise.paths):
+        center = load_image(path)[:, 5:35]
+        means[f"p{i}"] = center.mean((0, 1))
+    for caption, pixels in epoch:
+        mean = pixels.double().mean((1, 2)).numpy()
+        distances = {image: abs(means[image] - mean).sum() for image in means}
+        assert min(distances, key=distances.get) == image_of(caption)
+
+
+# ---------------------------------------------------------------- transform
+
+
+def half_red_images(folder: Path, captions: list[str]) -> Split:
+    """An image for each caption, red on the left and blue on the right."""
+    image = Image.new("RGB", (64, 48), (200, 60, 60))
+    image.paste((60, 60, 200), (32, 0, 64, 48))
+    path = save_image(folder, "halves.png", image)
+    return Split([path] * len(captions), [[caption] for caption in captions])
+
+
+def is_flipped(pixels: Tensor) -> bool:
+    """Whether an image of `half_red_images` is red on the right."""
+    red = pixels[0].double().mean(0)
+    return bool(red[:8].mean() < red[-8:].mean())
+
+
+def test_augment_never_flips_if_caption_mentions_left_or_right(tmp_path: Path):
+    sided = ["a dog on the left", "Right: a dog", "a RIGHT-handed man", "the dog's left, muddy paw"]
+    plain = ["a dog on the grass", "a bright light", "a leftover pie", "two dogs"]
+    split = half_red_images(tmp_path, sided + plain)
+    flips = Counter()
+    for epoch in load_epochs(split, tuple(range(25)), batch_size=8):
+        flips.update(caption for caption, pixels in epoch if is_flipped(pixels))
+    assert not set(flips) & set(sided)
+    assert all(3 <= flips[caption] <= 22 for caption in plain[::3]), flips
+
+
+def test_augment_crops_squares_anywhere_in_a_long_image(tmp_path: Path):
+    """The image becomes brighter from left to right, so brightness shows the position."""
+    row = np.linspace(0, 255, 800).astype(np.uint8)
+    ramp = np.tile(row[:, None], (40, 1, 3))
+    path = save_image(tmp_path, "ramp.png", Image.fromarray(ramp))
+    split = Split([path] * 40, [["a dog on the left"]] * 40)
+    (epoch,) = load_epochs(split, batch_size=40)
+    means = [pixels.double().mean() for _, pixels in epoch]
+    ranges = [np.ptp(pixels.numpy()) for _, pixels in epoch]
+    assert min(means) < 64
+    assert max(means) > 192
+    range_of_square = 255 * 40 / 800
+    assert max(ranges) < range_of_square * 1.3 * 1.3 + 2  # jitter of contrast and brightness
+
+
+@pytest.mark.parametrize("side", [8, 200])
+def test_transform_resizes_without_aliasing(side: int):
+    """Stripes two pixels wide become almost gray in a smaller image."""
+    row = np.array([0, 0, 255, 255], np.uint8)
+    stripes = np.tile(row[None, :, None], (side, side // 4, 3))
+    pixels = Transform(32)(stripes)
+    assert len(np.unique(pixels)) > 2
+    if side > 32:
+        assert np.ptp(pixels.astype(int)[1:-1, 1:-1]) < 100
+
+
+def test_augment_turns_no_color_into_another(tmp_path: Path):
+    split = half_red_images(tmp_path, ["a dog on the left"] * 8)
+    for epoch in load_epochs(split, tuple(range(10)), batch_size=8):
+        for _, pixels in epoch:
+            red, green, blue = pixels.double()
+            colored = (red > green + 20) | (blue > green + 20)
+            assert colored.double().mean() > 0.9
+            assert (red[:, 0] > blue[:, 0]).all()
+            assert (blue[:, -1] > red[:, -1]).all()
+
+
+def test_loader_keeps_demo_scenes_unchanged_in_every_epoch(shapes: Path):
+    split = read_splits(shapes)["train"]
+    config = parse(Config, ["--demo"])
+    epochs = load_epochs(split, (0, 1), batch_size=48, augment=config.augment, image_size=128)
+    originals = {load_image(path).tobytes() for path in split.paths}
+    for epoch in epochs:
+        assert {pixels.permute(1, 2, 0).numpy().tobytes() for _, pixels in epoch} == originals
+
+
+# ---------------------------------------------------------------- batches
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_batches_are_uint8_in_channels_last_memory(noise: Split, num_workers: int):
+    config = Config(image_size=32, batch_size=4, num_workers=num_workers)
+    batches = list(build_train_loader(noise, tokenizer_of(noise), config, CPU))
+    assert len(batches) == 3
+    for batch in batches:
+        assert batch.keys() == {"pixels", "texts"}
+        pixels = batch["pixels"]
+        assert pixels.shape == (4, 3, 32, 32)
+        assert pixels.dtype == torch.uint8
+        assert pixels.is_contiguous(memory_format=torch.channels_last)
+        for ids, mask in batch["texts"]:
+            assert ids.shape == mask.shape
+            assert ids.dtype == mask.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "chunk_size", "sizes"),
+    [
+        (2, 0, [1, 1]),
+        (4, 0, [1, 1, 1, 1]),
+        (6, 0, [2, 2, 2]),
+        (7, 0, [2, 2, 2, 1]),
+        (14, 0, [4, 4, 4, 2]),
+        (14, 14, [4, 4, 4, 2]),
+        (14, 3, [3, 3, 3, 3, 2]),
+        (14, 2, [2] * 7),
+    ],
+)
+def test_collate_pads_captions_in_four_buckets_on_the_cpu(
+    noise: Split, batch_size: int, chunk_size: int, sizes: list[int]
+):
+    """A bucket is at most one chunk, padded only to its own longest caption."""
+    config = Config(image_size=32, batch_size=batch_size, chunk_size=chunk_size, num_workers=0)
+    lengths = set()
+    for batch in build_train_loader(noise, tokenizer_of(noise), config, CPU):
+        assert [len(ids) for ids, _ in batch["texts"]] == sizes
+        for ids, mask in batch["texts"]:
+            assert mask.sum(dim=1).max() == ids.shape[1]
+            lengths.add(ids.shape[1])
+    assert len(lengths) > 3
+
+
+@pytest.mark.parametrize(("chunk_size", "sizes"), [(0, [14]), (4, [4, 4, 4, 2])])
+def test_collate_pads_captions_in_one_bucket_or_chunks_on_a_gpu(
+    noise: Split, chunk_size: int, sizes: list[int]
+):
+    config = Config(image_size=32, batch_size=14, chunk_size=chunk_size, num_workers=0)
+    loader = build_train_loader(noise, tokenizer_of(noise), config, CUDA)
+    batch = loader.collate_fn([loader.dataset[i] for i in range(14)])
+    assert [len(ids) for ids, _ in batch["texts"]] == sizes
+
+
+@pytest.mark.parametrize("batch_size", [4, 14])
+def test_batches_are_sorted_by_caption_length(noise: Split, batch_size: int):
+    (epoch,) = load_epochs(noise, batch_size=batch_size)
+    for start in range(0, len(epoch), batch_size):
+        lengths = [len(caption) for caption in captions_of(epoch)[start : start + batch_size]]
+        assert lengths == sorted(lengths)
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "device", "cores", "local_world_size", "expected"),
+    [
+        (-1, "cpu", 64, 1, 4),
+        (-1, "cuda", 2, 1, 4),
+        (-1, "cuda", 12, 1, 12),
+        (-1, "cuda", 64, 1, 16),
+        (-1, "cuda", 64, 8, 8),
+        (0, "cuda", 64, 1, 0),
+        (2, "cpu", 64, 1, 2),
+    ],
+)
+def test_loader_chooses_number_of_workers(
+    noise: Split,
+    monkeypatch: pytest.MonkeyPatch,
+    num_workers: int,
+    device: str,
+    cores: int,
+    local_world_size: int,
+    expected: int,
+):
+    """With -1: four on the CPU, one per core of this process on a GPU. Else as given."""
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_world_size))
+    config = Config(image_size=32, batch_size=4, num_workers=num_workers)
+    loader = build_train_loader(noise, tokenizer_of(noise), config, torch.device(device))
+    assert loader.num_workers == expected
+    assert loader.persistent_workers == (expected > 0)
+    assert loader.pin_memory == (device == "cuda")
+
+
+def test_tokenize_truncates_captions_to_max_length(noise: Split):
+    longest = max(noise.texts, key=len)
+    ids, mask = tokenize(tokenizer_of(noise, max_length=8), ["dog", longest])
+    assert mask.sum(dim=1).tolist() == [3, 8]
+    assert ids.shape == (2, 8)

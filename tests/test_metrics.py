@@ -1,0 +1,178 @@
+"""Retrieval metrics against a naive count, and exact ranking of a large index."""
+
+import math
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import inference
+from inference import METRICS, RECALLS, recall_at_k, retrieval_metrics, top_matches
+
+# ---------------------------------------------------------------- metrics
+
+
+def naive_metrics(
+    images: np.ndarray, texts: np.ndarray, image_of_text: list[int]
+) -> dict[str, float]:
+    """Counts ranks one by one. An equal score ranks before the right answer."""
+    scores = (texts @ images.T).tolist()
+    t2i = []
+    for row, image in zip(scores, image_of_text):
+        t2i.append(sum(score >= row[image] for score in row))
+    i2t = []
+    for image in range(len(images)):
+        own = [row[image] for row, owner in zip(scores, image_of_text) if owner == image]
+        others = [row[image] for row, owner in zip(scores, image_of_text) if owner != image]
+        i2t.append(1 + sum(score >= max(own) for score in others))
+    values = []
+    for ranks in (np.array(t2i), np.array(i2t)):
+        values += [100 * np.mean(ranks <= k) for k in (1, 5, 10)]
+        values.append(np.median(ranks))
+    return dict(zip(METRICS, values))
+
+
+@st.composite
+def retrieval_cases(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Embeddings of images with 1 to 4 captions each, in any order, and the image of each text.
+
+    They are small integers, so that scores are exact and often equal.
+    """
+    counts = draw(st.lists(st.integers(1, 4), min_size=1, max_size=14))
+    image_of_text = draw(st.permutations(np.repeat(range(len(counts)), counts).tolist()))
+    rng = np.random.default_rng(draw(st.integers(0, 10_000)))
+    images = rng.integers(-2, 3, (len(counts), 3)).astype(np.float32)
+    texts = rng.integers(-2, 3, (len(image_of_text), 3)).astype(np.float32)
+    return images, texts, image_of_text
+
+
+@settings(max_examples=150, deadline=None)
+@given(case=retrieval_cases(), block_size=st.sampled_from([1, 3, 1024]))
+def test_retrieval_metrics_match_naive_count(case: tuple, block_size: int) -> None:
+    """Recall and median rank, in blocks of any size."""
+    images, texts, image_of_text = case
+    metrics = retrieval_metrics(
+        torch.from_numpy(images),
+        torch.from_numpy(texts),
+        torch.tensor(image_of_text),
+        block_size,
+    )
+    assert metrics == pytest.approx(naive_metrics(images, texts, image_of_text))
+
+
+def test_retrieval_metrics_of_worked_example() -> None:
+    """Ties, and unequal numbers of captions: 3 of image 0, 2 of image 1 and 1 of each other."""
+    scores = torch.tensor(
+        [  # one column per image; in the comment the image of the text, and the rank of that image
+            [9.0, 1, 1, 1, 1, 1],  # image 0, rank 1
+            [2.0, 3, 2, 0, 0, 0],  # image 0, rank 3: one larger and one equal score
+            [0.0, 1, 1, 1, 1, 1],  # image 0, rank 6
+            [4.0, 4, 0, 0, 0, 0],  # image 1, rank 2: one equal score
+            [0.0, 7, 0, 0, 0, 0],  # image 1, rank 1
+            [0.0, 0, 5, 0, 0, 0],  # image 2, rank 1
+            [0.0, 0, 0, 1, 0, 0],  # image 3, rank 1
+            [0.0, 0, 0, 0, 3, 0],  # image 4, rank 1
+            [0.0, 0, 0, 0, 0, 3],  # image 5, rank 1
+        ]
+    )
+    t2i_ranks = [1, 3, 6, 2, 1, 1, 1, 1, 1]
+    # The best score of an image's own texts is 9, 7, 5, 1, 3 and 3. Only for image 3 do texts of
+    # other images score as much: two of them score 1.
+    i2t_ranks = [1, 1, 1, 3, 1, 1]
+    metrics = retrieval_metrics(torch.eye(6), scores, torch.tensor([0, 0, 0, 1, 1, 2, 3, 4, 5]))
+    assert metrics["t2i_r1"] == pytest.approx(100 * 6 / 9)
+    assert metrics["t2i_r5"] == pytest.approx(100 * 8 / 9)
+    assert metrics["t2i_r10"] == 100
+    assert metrics["i2t_r1"] == pytest.approx(100 * 5 / 6)
+    assert metrics["i2t_r5"] == 100
+    assert metrics["i2t_r10"] == 100
+    assert metrics["t2i_medr"] == np.median(t2i_ranks)
+    assert metrics["i2t_medr"] == np.median(i2t_ranks)
+
+
+@pytest.mark.parametrize("value", [0.5, math.nan, math.inf])
+def test_retrieval_metrics_are_zero_for_equal_embeddings(value: float) -> None:
+    images = torch.full((20, 4), value)
+    texts = torch.full((100, 4), value)
+    metrics = retrieval_metrics(images, texts, torch.arange(20).repeat_interleave(5))
+    assert metrics == {**dict.fromkeys(RECALLS, 0.0), "t2i_medr": 20, "i2t_medr": 96}
+
+
+def test_retrieval_metrics_rank_nan_before_the_right_answer() -> None:
+    """One text whose embedding is NaN is not found, and ranks first for every image."""
+    texts = torch.eye(12)
+    texts[3] = math.nan
+    metrics = retrieval_metrics(torch.eye(12), texts, torch.arange(12))
+    assert metrics["t2i_r10"] == pytest.approx(100 * 11 / 12)
+    assert metrics["i2t_r1"] == 0.0
+
+
+def test_retrieval_metrics_of_perfect_model() -> None:
+    """Recall 100 and median rank 1."""
+    texts = torch.eye(12).repeat_interleave(5, 0)
+    metrics = retrieval_metrics(torch.eye(12), texts, torch.arange(12).repeat_interleave(5))
+    assert metrics == {**dict.fromkeys(RECALLS, 100.0), "t2i_medr": 1.0, "i2t_medr": 1.0}
+
+
+def test_metrics_are_six_recalls_and_two_median_ranks() -> None:
+    assert METRICS[:4] == ["t2i_r1", "t2i_r5", "t2i_r10", "t2i_medr"]
+    assert METRICS[4:] == ["i2t_r1", "i2t_r5", "i2t_r10", "i2t_medr"]
+    assert METRICS[:3] + METRICS[4:7] == RECALLS
+
+
+@given(ranks=st.lists(st.integers(1, 20), min_size=1, max_size=50), k=st.integers(1, 20))
+def test_recall_at_k_is_percentage_of_ranks_up_to_k(ranks: list[int], k: int) -> None:
+    found = [rank for rank in ranks if rank <= k]
+    expected = 100 * len(found) / len(ranks)
+    assert recall_at_k(torch.tensor(ranks), k) == pytest.approx(expected)
+
+
+# ---------------------------------------------------------------- ranking
+
+
+@pytest.mark.parametrize("n", [1, 3, 30, 500])
+def test_top_matches_are_the_head_of_a_full_sort(n: int) -> None:
+    rng = np.random.default_rng(0)
+    queries = rng.normal(size=(4, 8)).astype(np.float32)
+    images = rng.normal(size=(30, 8)).astype(np.float32)
+    scores, indices = top_matches(torch.from_numpy(queries), torch.from_numpy(images), n)
+    all_scores = queries @ images.T
+    assert indices.tolist() == np.argsort(-all_scores, axis=1)[:, :n].tolist()
+    np.testing.assert_allclose(scores.numpy(), -np.sort(-all_scores, axis=1)[:, :n], rtol=1e-5)
+
+
+@pytest.mark.parametrize("n", [1, 8, 70, 2000])
+@pytest.mark.parametrize("num_images", [63, 1000, 1111])
+@pytest.mark.parametrize("scores_per_block", [1, 600, 2**24])
+def test_top_matches_are_exact_for_any_block_size(
+    n: int, num_images: int, scores_per_block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inference, "SCORES_PER_BLOCK", scores_per_block)
+    images = torch.randn(num_images, 16, generator=torch.Generator().manual_seed(n))
+    scores, indices = top_matches(images[:3], images, n)
+    expected_scores, expected_indices = (images[:3] @ images.T).sort(descending=True)
+    assert indices.tolist() == expected_indices[:, :n].tolist()
+    torch.testing.assert_close(scores, expected_scores[:, :n])
+
+
+def test_top_matches_contain_a_nan_of_a_large_index() -> None:
+    """NaN ranks first, so that a search notices it."""
+    images = torch.randn(1000, 16)
+    images[777] = math.nan
+    scores, _ = top_matches(images[:2], images, 3)
+    assert not scores.isfinite().all()
+
+
+def test_top_matches_memory_does_not_grow_with_the_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "SCORES_PER_BLOCK", 2**16)
+    peaks = []
+    for num_images in (20_000, 400_000):
+        images = torch.zeros(num_images, 8)
+        tracemalloc.start()
+        top_matches(images[:4], images, 8)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.2 * peaks[0]
