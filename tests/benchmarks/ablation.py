@@ -1,9 +1,12 @@
-"""One change to the recipe at a time, trained shortly and scored on the dev split: README's table of what paid.
+"""Ablations: trains the recipe with one change at a time and scores it on the dev split.
 
-python tests/benchmarks/ablation.py --data-dir path/to/flickr8k --image-encoder path/to/timm-folder --text-encoder path/to/folder
-python tests/benchmarks/ablation.py --data-dir ... --only recipe "mean of weights" --settings --image-size 128 --epochs 6
+DATA="--data-dir path/to/flickr8k --image-encoder path/to/timm-folder"
+DATA="$DATA --text-encoder path/to/transformers-folder"
+python tests/benchmarks/ablation.py $DATA
+python tests/benchmarks/ablation.py $DATA --only recipe "dropout 0.1" --settings --epochs 6
 
-What stands after `--settings` goes to every run, to shorten them all. Each has a process of its own.
+The flags of trainer.py after `--settings` apply to every run, for example to shorten it. Each run
+has a process of its own. RESULTS.md has the results.
 """
 
 import json
@@ -25,6 +28,7 @@ import torch.nn.functional as F
 from measuring import measuring_parser
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -34,184 +38,228 @@ import inference  # noqa: E402
 import models  # noqa: E402
 import trainer  # noqa: E402
 from config import Config, parse  # noqa: E402
+from models import CLIP, ImageEncoder, TextEncoder  # noqa: E402
 
 
-def rates(times: float, *names: str) -> list[str]:
-    """Settings that multiply the learning rates of these names."""
-    return [
-        part
-        for name in names
-        for part in (f"--{name.replace('_', '-')}", str(times * getattr(Config, name)))
-    ]
+def scaled_lrs(factor: float, *names: str) -> list[str]:
+    """Flags that multiply the default learning rates of these names."""
+    flags = []
+    for name in names:
+        flags += [f"--{name.replace('_', '-')}", str(factor * getattr(Config, name))]
+    return flags
 
 
-CHANGES: dict[
-    str, list[str] | Callable[[], None]
-] = {  # settings, or what replaces a part of the program
+# Each change is a list of flags, or a function that replaces a part of the program.
+CHANGES: dict[str, list[str] | Callable[[], None]] = {
     "recipe": [],
     "none of the image encoder frozen": ["--freeze-image-encoder", "0"],
     "a quarter of the image encoder frozen": ["--freeze-image-encoder", "0.25"],
-    "image encoder frozen": ["--freeze-image-encoder", "1"],
+    "whole image encoder frozen": ["--freeze-image-encoder", "1"],
     "half of the text encoder frozen": ["--freeze-text-encoder", "0.5"],
-    "text encoder frozen": ["--freeze-text-encoder", "1"],
+    "whole text encoder frozen": ["--freeze-text-encoder", "1"],
     "no augmentation": ["--no-augment"],
-    "256 px": ["--image-size", "256"],
-    "encoders' rates x 2": rates(2, "image_lr", "text_lr"),
-    "encoders' rates / 2": rates(0.5, "image_lr", "text_lr"),
-    "batch 64": ["--batch-size", "64"],
-    "batch 256, rates x 1.4": [
+    "training at 256 px": ["--image-size", "256"],
+    "learning rates of the encoders x 2": scaled_lrs(2, "image_lr", "text_lr"),
+    "learning rates of the encoders / 2": scaled_lrs(0.5, "image_lr", "text_lr"),
+    "batch size 64": ["--batch-size", "64"],
+    "batch size 256 and all learning rates x 1.4": [
         "--batch-size",
         "256",
-        *rates(1.4, "image_lr", "text_lr", "head_lr"),
+        *scaled_lrs(1.4, "image_lr", "text_lr", "head_lr"),
     ],
     "dropout 0.1": ["--dropout", "0.1"],
-    "no blocks skipped": ["--drop-path", "0"],
-    "projection 512": ["--projection-dim", "512"],
+    "stochastic depth off": ["--drop-path", "0"],
+    "embedding dimension 512": ["--projection-dim", "512"],
     "temperature 0.05": ["--temperature", "0.05"],
     "weight decay 0.01": ["--weight-decay", "0.01"],
 }
 
 
 def change(name: str) -> Callable:
-    """Gives a change that no setting makes its name."""
+    """Decorates a function that makes a change for which there is no flag."""
 
-    def keep(function: Callable[[], None]) -> Callable[[], None]:
+    def register(function: Callable[[], None]) -> Callable[[], None]:
         CHANGES[name] = function
         return function
 
-    return keep
+    return register
 
 
-@change("crops of 0.6 to 1 of a picture")
-def large_crops(whole: Callable = data.Transform.__init__) -> None:
+# ---------------------------------------------------------------- images and captions
+
+
+@change("crops of 0.6 to 1 of the image")
+def large_crops() -> None:
+    original_init = data.Transform.__init__
+
     def init(self: data.Transform, size: int) -> None:
-        whole(self, size)
-        self.augmentation.transforms[0].scale = (0.6, 1.0)
+        original_init(self, size)
+        crop, _ = self.augmentation.transforms
+        crop.scale = (0.6, 1.0)
 
     data.Transform.__init__ = init
 
 
-@change("embedded at the size of training")
-def embedded_no_larger() -> None:
+@change("encoded at the training size")
+def encoded_at_training_size() -> None:
     inference.eval_image_size = lambda image, config: config.image_size
 
 
-@change("words hidden, 0.15")
-def hidden_words() -> None:
-    """BERT's [MASK] in the place of a word of the drawn caption, with this chance."""
+@change("random word masking 0.15")
+def random_word_masking() -> None:
+    """Replaces each word of a caption by BERT's [MASK] with probability 0.15."""
+    original_getitem = data.ImageCaptionDataset.__getitem__
 
-    class WithHiddenWords(data.ImageCaptionDataset):
-        def __getitem__(self, epoch_and_picture: tuple[int, int]) -> tuple[np.ndarray, str]:
-            pixels, caption = super().__getitem__(epoch_and_picture)
-            rng = np.random.default_rng((self.seed, *epoch_and_picture, 1))
-            return pixels, " ".join(
-                "[MASK]" if rng.random() < 0.15 else word for word in caption.split()
-            )
+    def getitem(self: data.ImageCaptionDataset, index: int) -> dict[str, Any]:
+        item = original_getitem(self, index)
+        epoch, i = divmod(index, len(self))
+        rng = np.random.default_rng((self.seed, epoch, i, 1))
+        words = ["[MASK]" if rng.random() < 0.15 else word for word in item["caption"].split()]
+        return {**item, "caption": " ".join(words)}
 
-    data.ImageCaptionDataset = WithHiddenWords
-
-
-@change("average and maximum pooled")
-def both_pooled(whole: Callable = models.ImageEncoder.__init__) -> None:
-    def init(self: models.ImageEncoder, *arguments: object, **options: object) -> None:
-        whole(self, *arguments, **{**options, "global_pool": "catavgmax"})
-
-    models.ImageEncoder.__init__ = init
+    data.ImageCaptionDataset.__getitem__ = getitem
 
 
-@change("text rates x 0.8 a layer, from the last to the first")
-def rates_by_layer(whole: Callable = trainer.param_groups) -> None:
-    def groups(model: models.CLIP, config: Config) -> list[dict[str, Any]]:
-        below = {}  # how many layers a tensor of the text encoder has above it
-        for name, tensor in model.text.encoder.named_parameters():
-            layer = re.search(r"layer\.(\d+)\.", name)
-            below[tensor] = model.text.encoder.model.config.num_hidden_layers - (
-                int(layer[1]) + 1 if layer else 0
-            )
-        return [
-            {**group, "params": [tensor], "lr": group["lr"] * 0.8 ** below.get(tensor, 0)}
-            for group in whole(model, config)
-            for tensor in group["params"]
-        ]
+@change("two captions per image")
+def two_captions() -> None:
+    """The mean of two losses over the same images, each with other captions.
 
-    trainer.param_groups = groups
+    The text embeddings are (2B, D): the first captions of all images, then the second ones.
+    """
+    original_collate = data.collate
+    original_loss = models.contrastive_loss
+
+    def getitem(self: data.ImageCaptionDataset, index: int) -> dict[str, Any]:
+        epoch, i = divmod(index, len(self))
+        rng = np.random.default_rng((self.seed, epoch, i))
+        first, second = rng.permutation(self.split.captions[i])[:2].tolist()
+        pixels = data.load_image(self.split.paths[i])
+        # Both captions must stay true, so "left" or "right" in either of them excludes the flip.
+        pixels = self.transform.augment(pixels, f"{first} {second}", rng)
+        return {"pixels": pixels, "caption": first, "second_caption": second}
+
+    def collate(
+        items: list[dict[str, Any]], tokenizer: Tokenizer, bucket_size: int
+    ) -> dict[str, Any]:
+        items = sorted(items, key=lambda item: len(item["caption"]))  # the order of the original
+        batch = original_collate(items, tokenizer, bucket_size)
+        second_captions = [item["second_caption"] for item in items]
+        return {**batch, "texts": [*batch["texts"], data.tokenize(tokenizer, second_captions)]}
+
+    def loss(images: Tensor, texts: Tensor, logit_scale: Tensor, local_slice: slice) -> Tensor:
+        first_texts, second_texts = texts.chunk(2)  # (B, D) each
+        first_loss = original_loss(images, first_texts, logit_scale)
+        return (first_loss + original_loss(images, second_texts, logit_scale)) / 2
+
+    data.ImageCaptionDataset.__getitem__ = getitem
+    data.collate = collate
+    trainer.contrastive_loss = loss
 
 
-@change("linear heads")
+# ---------------------------------------------------------------- model
+
+
+@change("average and max pooling")
+def average_and_max_pooling() -> None:
+    original_init = ImageEncoder.__init__
+
+    def init(self: ImageEncoder, *args: Any, **options: Any) -> None:
+        original_init(self, *args, **{**options, "global_pool": "catavgmax"})
+
+    ImageEncoder.__init__ = init
+
+
+@change("linear projection heads")
 def linear_heads() -> None:
-    class Head(nn.Module):
-        def __init__(self, width: int, projection_dim: int, dropout: float) -> None:
+    class LinearHead(nn.Module):
+        def __init__(self, feature_dim: int, projection_dim: int, dropout: float) -> None:
             super().__init__()
-            self.projection = nn.Linear(width, projection_dim)
+            self.projection = nn.Linear(feature_dim, projection_dim)
 
         def forward(self, features: Tensor) -> Tensor:
             return self.projection(features)
 
-    models.ProjectionHead = Head
+    models.ProjectionHead = LinearHead
 
 
-@change("first token instead of mean")
+@change("first token instead of mean pooling")
 def first_token() -> None:
-    def forward(self: models.TextEncoder, ids: Tensor, mask: Tensor) -> Tensor:
+    def forward(self: TextEncoder, ids: Tensor, mask: Tensor) -> Tensor:
         return self.model(input_ids=ids, attention_mask=mask).last_hidden_state[:, 0]
 
-    models.TextEncoder.forward = forward
+    TextEncoder.forward = forward
 
 
-@change("batch statistics trained")
+# ---------------------------------------------------------------- optimization
+
+
+@change("layer-wise learning-rate decay 0.8 (text)")
+def layerwise_lr_decay() -> None:
+    """Multiplies the learning rate of each text layer by 0.8 per layer above it."""
+    original_groups = trainer.param_groups
+
+    def param_groups(model: CLIP, config: Config) -> list[dict[str, Any]]:
+        num_layers = model.text.encoder.model.config.num_hidden_layers
+        layers_above = {}
+        for name, parameter in model.text.encoder.named_parameters():
+            layer = re.search(r"layer\.(\d+)\.", name)
+            layers_above[parameter] = num_layers - (int(layer[1]) + 1 if layer else 0)
+        groups = []
+        for group in original_groups(model, config):
+            for parameter in group["params"]:
+                lr = group["lr"] * 0.8 ** layers_above.get(parameter, 0)
+                groups.append({**group, "params": [parameter], "lr": lr})
+        return groups
+
+    trainer.param_groups = param_groups
+
+
+@change("batch-norm statistics of the batch")
 def batch_statistics() -> None:
     trainer.set_train_mode = lambda model, config: model.train()
 
 
-@change("two captions a picture")
-def two_captions(
-    loss: Callable = models.contrastive_loss, collate: Callable = data.collate
-) -> None:
-    """The mean of two losses over the same pixels: texts come as (2B, D), first captions before second ones."""
+@change("EMA of the weights 0.99")
+def ema_of_weights() -> None:
+    """Scores the exponential moving average of the weights over the steps."""
+    original_setup = trainer.setup
+    original_step = trainer.train_step
+    original_validate = trainer.validate
+    averages: list[AveragedModel] = []
 
-    def draw(
-        self: data.ImageCaptionDataset, epoch_and_picture: tuple[int, int]
-    ) -> tuple[np.ndarray, list[str]]:
-        epoch, picture = epoch_and_picture
-        rng = np.random.default_rng((self.seed, epoch, picture))
-        captions = rng.permutation(self.split.captions[picture])[:2].tolist()
-        pixels = data.load_image(self.split.paths[picture])
-        # A caption with "left" or "right" forbids the mirror, here to both.
-        return self.transform.augment(pixels, " ".join(captions), rng), captions
+    def setup(config: Config, checkpoint: None) -> trainer.Run:
+        run = original_setup(config, checkpoint)
+        averages.append(AveragedModel(run.model, multi_avg_fn=get_ema_multi_avg_fn(0.99)))
+        return run
 
-    def collate_both(
-        items: list[tuple[np.ndarray, list[str]]], tokenizer: Tokenizer, group_size: int
-    ) -> tuple:
-        items = sorted(
-            items, key=lambda item: len(item[1][0])
-        )  # as `collate` orders the first captions
-        batch, groups = collate(
-            [(pixels, first) for pixels, (first, _) in items], tokenizer, group_size
-        )
-        return batch, [*groups, data.tokenize(tokenizer, [second for _, (_, second) in items])]
+    def train_step(run: trainer.Run, batch: dict[str, Any]) -> Tensor:
+        loss = original_step(run, batch)
+        averages[0].update_parameters(run.model)
+        return loss
 
-    def mean_loss(
-        images: Tensor, texts: Tensor, logit_scale: Tensor, rows: slice = slice(None)
-    ) -> Tensor:
-        return sum(loss(images, captions, logit_scale) for captions in texts.chunk(2)) / 2
+    def validate(model: CLIP, run: trainer.Run, split: str) -> dict[str, float]:
+        return original_validate(averages[0].module, run, split)
 
-    data.ImageCaptionDataset.__getitem__, data.collate = draw, collate_both
-    trainer.contrastive_loss = mean_loss
+    trainer.setup = setup
+    trainer.train_step = train_step
+    trainer.validate = validate
+
+
+# ---------------------------------------------------------------- loss
 
 
 @change("half of the targets soft")
 def soft_targets() -> None:
-    """The tutorial's idea, for half of a target: who resembles a picture or its caption is right in part."""
+    """Half of each target is one-hot, the other half the tutorial's soft target.
 
-    def loss(
-        images: Tensor, texts: Tensor, logit_scale: Tensor, rows: slice = slice(None)
-    ) -> Tensor:
+    The soft target is the softmax of the similarities among the images and among the captions.
+    """
+
+    def loss(images: Tensor, texts: Tensor, logit_scale: Tensor, local_slice: slice) -> Tensor:
         logits = logit_scale * images @ texts.T  # (B, D) @ (D, B)
-        alike = (images @ images.T + texts @ texts.T).detach() / 2  # (B, D) @ (D, B)
-        targets = (
-            (logit_scale.detach() * alike).softmax(dim=1)
-            + torch.eye(len(images), device=images.device)
-        ) / 2
+        similarities = (images @ images.T + texts @ texts.T).detach() / 2  # (B, D) @ (D, B)
+        soft = (logit_scale.detach() * similarities).softmax(dim=1)
+        targets = (soft + torch.eye(len(images), device=images.device)) / 2
         return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
 
     trainer.contrastive_loss = loss
@@ -219,118 +267,94 @@ def soft_targets() -> None:
 
 @change("label smoothing 0.1")
 def label_smoothing() -> None:
-    def loss(
-        images: Tensor, texts: Tensor, logit_scale: Tensor, rows: slice = slice(None)
-    ) -> Tensor:
+    def loss(images: Tensor, texts: Tensor, logit_scale: Tensor, local_slice: slice) -> Tensor:
         logits = logit_scale * images @ texts.T  # (B, D) @ (D, B)
-        matches = torch.arange(len(images), device=images.device)
-        return (
-            sum(F.cross_entropy(each, matches, label_smoothing=0.1) for each in (logits, logits.T))
-            / 2
-        )
+        labels = torch.arange(len(images), device=images.device)
+        image_loss = F.cross_entropy(logits, labels, label_smoothing=0.1)
+        text_loss = F.cross_entropy(logits.T, labels, label_smoothing=0.1)
+        return (image_loss + text_loss) / 2
 
     trainer.contrastive_loss = loss
 
 
-@change("hardest negatives, margin 0.2, added")
-def hardest_negatives(original: Callable = models.contrastive_loss) -> None:
-    """VSE++ (arXiv 1707.05612) on top of the contrastive loss."""
+@change("hard negatives (VSE++), margin 0.2")
+def hard_negatives() -> None:
+    """Adds the hinge loss of VSE++ (arXiv 1707.05612) to the contrastive loss."""
+    original_loss = models.contrastive_loss
 
-    def loss(
-        images: Tensor, texts: Tensor, logit_scale: Tensor, rows: slice = slice(None)
-    ) -> Tensor:
-        cosine_similarity = images @ texts.T  # (B, D) @ (D, B)
-        right, wrong = (
-            cosine_similarity.diag(),
-            cosine_similarity
-            - 2 * torch.eye(len(cosine_similarity), device=cosine_similarity.device),
-        )
-        hinges = [(0.2 + wrong.amax(dim) - right).relu().mean() for dim in (0, 1)]
-        return original(images, texts, logit_scale) + sum(hinges)
+    def loss(images: Tensor, texts: Tensor, logit_scale: Tensor, local_slice: slice) -> Tensor:
+        cosines = images @ texts.T  # (B, D) @ (D, B)
+        positives = cosines.diag()
+        negatives = cosines - 2 * torch.eye(len(cosines), device=cosines.device)
+        # The hardest negative image of each text, and the hardest negative text of each image.
+        text_hinge = (0.2 + negatives.amax(dim=0) - positives).relu().mean()
+        image_hinge = (0.2 + negatives.amax(dim=1) - positives).relu().mean()
+        return original_loss(images, texts, logit_scale) + text_hinge + image_hinge
 
     trainer.contrastive_loss = loss
 
 
-@change("mean of weights")
-def mean_of_weights(decay: float = 0.99) -> None:
-    """An exponential mean of the weights over the steps is scored in their place."""
-    means: dict[str, Tensor] = {}
-    step, validate = trainer.train_step, trainer.validate
-
-    def train_step(run: trainer.Run, *batch: object) -> Tensor:
-        loss = step(run, *batch)
-        for name, value in run.model.state_dict().items():
-            if value.is_floating_point():
-                if name not in means:
-                    means[name] = value.clone()
-                means[name].lerp_(value, 1 - decay)
-        return loss
-
-    def validate_means(model: models.CLIP, run: trainer.Run, split: str) -> dict[str, float]:
-        model.load_state_dict(means, strict=False)
-        return validate(model, run, split)
-
-    trainer.train_step, trainer.validate = train_step, validate_means
+# ---------------------------------------------------------------- command line
 
 
 def main() -> None:
     parser = measuring_parser(__doc__.splitlines()[0])
     parser.add_argument(
-        "--only", nargs="+", default=list(CHANGES), choices=CHANGES, help="some rows alone"
+        "--only", nargs="+", default=list(CHANGES), choices=CHANGES, help="run only these changes"
     )
-    parser.add_argument("--child", choices=CHANGES, help="(of the program itself) one run")
+    parser.add_argument("--child", choices=CHANGES, help="(internal) the one run of this process")
     parser.add_argument(
         "--settings",
         nargs=REMAINDER,
         default=[],
-        help="flags of trainer.py for every run; the last",
+        help="flags of trainer.py for every run; must come last",
     )
     options = parser.parse_args()
     if options.child:
         with redirect_stdout(sys.stderr):
-            row = run(options)
+            row = train_with_change(options)
         print(json.dumps(row))
         return
     print(
-        "| change | pairs | minutes | last loss | dev text→image R@1/5/10 | image→text | mean of six |"
+        "| change | pairs | minutes | last loss "
+        "| dev text→image R@1/5/10 | image→text | mean of six |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
     for name in options.only:
         command = [sys.executable, sys.argv[0], "--child", name, *sys.argv[1:]]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        if done.returncode:
+        process = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if process.returncode:
             sys.exit(f"{name}: failed")
-        print(f"| {' | '.join([name, *json.loads(done.stdout.splitlines()[-1])])} |", flush=True)
+        row = json.loads(process.stdout.splitlines()[-1])
+        print(f"| {' | '.join([name, *row])} |", flush=True)
 
 
-def run(options: Namespace) -> list[str]:
-    """The row of one change: a training run that is validated once, at its end."""
-    own = CHANGES[options.child]
-    flags = [*options.settings, *(own if isinstance(own, list) else [])]
-    if callable(own):
-        own()
-    encoders = [
-        "--image-encoder",
-        f"local-dir:{options.image_encoder}",
-        "--text-encoder",
-        options.text_encoder,
-    ]
-    config = parse(Config, ["--data-dir", options.data_dir, *encoders, *flags])
+def train_with_change(options: Namespace) -> list[str]:
+    """Trains with one change, validates once at the end, and returns the cells of its row."""
+    changed = CHANGES[options.child]
+    flags = ["--data-dir", options.data_dir]
+    flags += ["--image-encoder", f"local-dir:{options.image_encoder}"]
+    flags += ["--text-encoder", options.text_encoder, *options.settings]
+    if callable(changed):
+        changed()
+    else:
+        flags += changed
+    config = parse(Config, flags)
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        training = trainer.setup(config, None)
+        run = trainer.setup(config, None)
         started = time.perf_counter()
         for epoch in range(config.epochs):
-            loss = trainer.train_epoch(training, epoch)
+            loss = trainer.train_epoch(run, epoch)
         minutes = (time.perf_counter() - started) / 60
-        metrics = trainer.validate(training.model, training, "dev")
-    ways = [
-        " / ".join(f"{metrics[f'{way}_r{k}']:.1f}" for k in inference.RECALLS_AT)
-        for way in ("t2i", "i2t")
-    ]
-    mean = sum(metrics[name] for name in trainer.RECALLS) / len(trainer.RECALLS)
-    pairs = config.epochs * len(training.loader) * config.batch_size
-    return [f"{pairs:,}", f"{minutes:.1f}", f"{loss:.2f}", *ways, f"{mean:.1f}"]
+        metrics = trainer.validate(run.model, run, "dev")
+    num_pairs = config.epochs * len(run.loader) * config.batch_size
+    row = [f"{num_pairs:,}", f"{minutes:.1f}", f"{loss:.2f}"]
+    for direction in ("t2i", "i2t"):
+        recalls = [f"{metrics[f'{direction}_r{k}']:.1f}" for k in inference.RECALL_KS]
+        row.append(" / ".join(recalls))
+    mean = sum(metrics[name] for name in inference.RECALLS) / len(inference.RECALLS)
+    return [*row, f"{mean:.1f}"]
 
 
 if __name__ == "__main__":

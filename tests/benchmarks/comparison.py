@@ -1,14 +1,17 @@
-"""Recalls of this repository, open_clip's program and the tutorial's recipe: same pictures, encoders, size and minutes.
+"""Compares the recalls of trainer.py, open_clip and the tutorial's recipe after the same minutes.
 
 pip install -r requirements.txt -r tests/benchmarks/requirements.txt
-DATA="--data-dir path/to/flickr8k --image-encoder path/to/timm-folder --text-encoder path/to/transformers-folder"
-python tests/benchmarks/comparison.py $DATA --minutes 15 --open-clip-lr 1e-4 3e-4 1e-3 --tutorial-times 0.3 1 3
-python tests/benchmarks/comparison.py $DATA --minutes 45 --open-clip-lr 3e-4 --tutorial-times 1 --split test
+DATA="--data-dir path/to/flickr8k --image-encoder path/to/timm-folder"
+DATA="$DATA --text-encoder path/to/transformers-folder"
+python tests/benchmarks/comparison.py $DATA --minutes 15 --open-clip-lr 5e-4 1e-3
+python tests/benchmarks/comparison.py $DATA --minutes 45 --open-clip-lr 1e-3 --split test
 python tests/benchmarks/comparison.py $DATA --weights runs/clip/best.pt --split test
 
-Rates are chosen on the dev split, which is the default. All are scored by `recalls`, which shares nothing with
-`inference.py`. Each run has a process of its own. The minutes are of training, without loading, validating and saving;
-open_clip's are an estimate from a short try, and each row says what they came to.
+All programs have the same images, encoders and image size. Learning rates should be chosen on the
+dev split, which is the default. All models are scored by `recalls`, which shares no code with
+`inference.py`. Each run has a process of its own. The minutes are of training alone, without
+loading, validation and saving. Those of open_clip are estimated from a short trial; each row has
+the actual minutes.
 """
 
 import json
@@ -26,44 +29,43 @@ from pathlib import Path
 import numpy as np
 import torch
 from measuring import absolute, measuring_parser
+from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
-K = (1, 5, 10)
-BATCH = 64  # open_clip's default
-CONTEXT = (
-    48  # tokens; open_clip pads every caption to 77 by default, and Flickr8k's have 42 at most
-)
+RECALL_KS = (1, 5, 10)
+OPEN_CLIP_BATCH = 64  # open_clip's default
+TUTORIAL_BATCH = 32  # the tutorial's default
+# In tokens. open_clip pads every caption to 77 by default; those of Flickr8k have 42 at most.
+CONTEXT_LENGTH = 48
 
 
 def main() -> None:
     parser = measuring_parser(__doc__.splitlines()[0])
+    parser.add_argument("--image-size", type=int, default=224, help="side of the images, in pixels")
+    parser.add_argument("--minutes", type=float, default=45, help="minutes of training of each run")
     parser.add_argument(
-        "--image-size", type=int, default=224, help="side of the pictures, in pixels"
-    )
-    parser.add_argument("--minutes", type=float, default=45, help="of training alone")
-    parser.add_argument(
-        "--split", choices=("dev", "test"), default="dev", help="what is scored, at the end alone"
+        "--split", choices=("dev", "test"), default="dev", help="split to score at the end"
     )
     parser.add_argument(
         "--open-clip-lr",
         type=float,
         nargs="*",
         default=[],
-        help="train with open_clip at each rate",
+        help="train open_clip with each of these learning rates",
     )
     parser.add_argument(
         "--tutorial-times",
         type=float,
         nargs="*",
         default=[],
-        help="the tutorial's rates times each",
+        help="train the tutorial's recipe with its learning rates times each of these factors",
     )
     parser.add_argument(
-        "--weights", type=absolute, nargs="*", default=[], help="score weights of trainer.py"
+        "--weights", type=absolute, nargs="*", default=[], help="score checkpoints of trainer.py"
     )
     parser.add_argument(
-        "--child", nargs=2, help="(of the program itself) one run: its program and rate"
+        "--child", nargs=2, help="(internal) the one run of this process: program and setting"
     )
     options = parser.parse_args()
     if options.child:
@@ -72,21 +74,24 @@ def main() -> None:
             result = PROGRAMS[program](options, setting, Path(folder))
         print(json.dumps(result))
         return
+    split = options.split
     print(
-        f"| program | rate | pairs | minutes | {options.split} text→image R@1/5/10 | image→text |"
+        f"| program | learning rate | pairs | minutes | {split} text→image R@1/5/10 | image→text |"
     )
     print("| --- | --- | --- | --- | --- | --- |", flush=True)
-    runs = [("trainer.py", weights) for weights in options.weights]
+    runs = [("trainer.py", checkpoint) for checkpoint in options.weights]
     runs += [("open_clip", lr) for lr in options.open_clip_lr]
-    runs += [("tutorial", times) for times in options.tutorial_times]
+    runs += [("tutorial", factor) for factor in options.tutorial_times]
     for program, setting in runs:
         command = [sys.executable, *sys.argv, "--child", program, str(setting)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        if done.returncode:
+        process = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if process.returncode:
             sys.exit(f"{program} {setting} failed")
-        row = json.loads(done.stdout.splitlines()[-1])
-        ways = [" / ".join(f"{row[f'{way}_r{k}']:.1f}" for k in K) for way in ("t2i", "i2t")]
-        cells = [program, row["rate"], f"{row['pairs']:,}", f"{row['minutes']:.1f}", *ways]
+        result = json.loads(process.stdout.splitlines()[-1])
+        cells = [program, result["lr"], f"{result['pairs']:,}", f"{result['minutes']:.1f}"]
+        for direction in ("t2i", "i2t"):
+            values = [f"{result[f'{direction}_r{k}']:.1f}" for k in RECALL_KS]
+            cells.append(" / ".join(values))
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
@@ -94,129 +99,151 @@ def main() -> None:
 
 
 def recalls(images: np.ndarray, texts: np.ndarray, image_of_text: np.ndarray) -> dict[str, float]:
-    """Recall@K in percent, both ways, from embeddings (N, D) and (M, D) of any length and each text's picture (M,).
+    """Recall@K in percent in both directions.
 
-    One query at a time: everything is sorted by cosine, wrong answers before right ones of the same cosine, and the
-    first right one must be among the first K (Hodosh et al., 2013; five captions a picture, of which any will do).
+    `images` (N, D) and `texts` (M, D) are embeddings of any length, `image_of_text` (M,) is the
+    index of each text's image. One query at a time: all answers are sorted by cosine, wrong ones
+    before right ones of the same cosine, and the first right one must be among the first K
+    (Hodosh et al., 2013). An image may have several captions, of which any is right.
     """
-    images, texts = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (images, texts))
-
-    def found(
-        queries: Iterable[np.ndarray], answers: np.ndarray, right: Callable[[int], np.ndarray]
-    ) -> np.ndarray:
-        firsts = []
-        for number, query in enumerate(queries):
-            is_right = right(number)
-            order = np.lexsort((is_right, -(answers @ query)))  # by cosine, then wrong ones first
-            firsts.append(np.argmax(is_right[order]))
-        return np.array(firsts)
-
-    numbers = np.arange(len(images))
-    ways = {
-        "t2i": found(texts, images, lambda text: numbers == image_of_text[text]),
-        "i2t": found(images, texts, lambda image: image_of_text == image),
+    images = images / np.linalg.norm(images, axis=1, keepdims=True)
+    texts = texts / np.linalg.norm(texts, axis=1, keepdims=True)
+    indices = np.arange(len(images))
+    positions = {
+        "t2i": first_right_positions(texts, images, lambda text: indices == image_of_text[text]),
+        "i2t": first_right_positions(images, texts, lambda image: image_of_text == image),
     }
-    return {
-        f"{way}_r{k}": 100 * float(np.mean(first < k)) for way, first in ways.items() for k in K
-    }
+    results = {}
+    for direction, first in positions.items():
+        for k in RECALL_KS:
+            results[f"{direction}_r{k}"] = 100 * float(np.mean(first < k))
+    return results
+
+
+def first_right_positions(
+    queries: Iterable[np.ndarray], answers: np.ndarray, right: Callable[[int], np.ndarray]
+) -> np.ndarray:
+    """Position, from 0, of the first right answer in each query's ranking.
+
+    `right` returns for the index of a query which of the answers are right.
+    """
+    positions = []
+    for index, query in enumerate(queries):
+        is_right = right(index)
+        order = np.lexsort((is_right, -(answers @ query)))  # by cosine, then wrong ones first
+        positions.append(np.argmax(is_right[order]))
+    return np.array(positions)
 
 
 @torch.inference_mode()
 def score(
-    encode_images: Callable[[list[Path]], torch.Tensor],
-    encode_texts: Callable[[list[str]], torch.Tensor],
+    encode_images: Callable[[list[Path]], Tensor],
+    encode_texts: Callable[[list[str]], Tensor],
     data_dir: str,
-    split: str,
+    split_name: str,
 ) -> dict[str, float]:
-    """The recalls of two encoders, which are handed paths or captions a hundred at a time."""
+    """The recalls of two encoders, which are called with a hundred paths or captions at a time."""
     from data import read_splits
 
-    part = read_splits(data_dir)[split]
+    split = read_splits(data_dir)[split_name]
+    captions_per_image = [len(captions) for captions in split.captions]
+    image_of_text = np.repeat(np.arange(len(split.paths)), captions_per_image)
+    images = encode_in_batches(encode_images, split.paths)
+    texts = encode_in_batches(encode_texts, split.texts)
+    return recalls(images, texts, image_of_text)
 
-    def embed(encode: Callable[[list], torch.Tensor], items: list) -> np.ndarray:
-        return torch.cat([encode(items[i : i + 100]) for i in range(0, len(items), 100)]).numpy()
 
-    image_of_text = np.repeat(
-        np.arange(len(part.paths)), [len(captions) for captions in part.captions]
-    )
-    return recalls(embed(encode_images, part.paths), embed(encode_texts, part.texts), image_of_text)
+def encode_in_batches(encode: Callable[[list], Tensor], items: list) -> np.ndarray:
+    batches = [items[start : start + 100] for start in range(0, len(items), 100)]
+    return torch.cat([encode(batch) for batch in batches]).numpy()
 
 
 # ---------------------------------------------------------------- the three programs
 
 
-def trainer_py(options: Namespace, weights_path: str, folder: Path) -> dict:
-    """Weights that `trainer.py` has trained, of its best epoch on the dev split, pictures embedded as it does; minutes
-    are those of `metrics.csv`."""
+def trainer_py(options: Namespace, checkpoint_path: str, folder: Path) -> dict:
+    """Scores a best.pt of `trainer.py`, with images encoded at the size that `inference.py` uses.
+
+    The minutes are those of `metrics.csv`.
+    """
     import pandas as pd
 
-    from data import Transform, load_image, stack, tokenize
+    from data import Transform, load_image, stack_images, tokenize
     from models import eval_image_size, load_checkpoint, load_clip
 
-    weights = load_checkpoint(weights_path)
-    config, model = weights["config"], load_clip(weights)
-    transform = Transform(eval_image_size(model.image, config))
+    checkpoint = load_checkpoint(checkpoint_path)
+    config = checkpoint.config
     if config.image_size != options.image_size:
         sys.exit(
-            f"{weights_path}: trained at {config.image_size} px; give --image-size {config.image_size}"
+            f"{checkpoint_path}: trained at {config.image_size} px; "
+            f"pass --image-size {config.image_size}"
         )
-    metrics = score(
-        lambda paths: model.encode_image(stack(transform(load_image(path)) for path in paths)),
-        lambda texts: model.encode_text(*tokenize(weights["tokenizer"], texts)),
-        options.data_dir,
-        options.split,
-    )
-    table = pd.read_csv(Path(weights_path).with_name("metrics.csv"))
-    rate = f"{config.image_lr:g} / {config.text_lr:g} / {config.head_lr:g}"
-    pairs = round((table.seconds * table.pairs_per_second).sum())
-    return {"rate": rate, "pairs": pairs, "minutes": table.seconds.sum() / 60, **metrics}
+    model = load_clip(checkpoint)
+    transform = Transform(eval_image_size(model.image, config))
+
+    def encode_images(paths: list[Path]) -> Tensor:
+        return model.encode_image(stack_images(transform(load_image(path)) for path in paths))
+
+    def encode_texts(texts: list[str]) -> Tensor:
+        return model.encode_text(*tokenize(checkpoint.tokenizer, texts))
+
+    metrics = score(encode_images, encode_texts, options.data_dir, options.split)
+    table = pd.read_csv(Path(checkpoint_path).with_name("metrics.csv"))
+    return {
+        "lr": f"{config.image_lr:g} / {config.text_lr:g} / {config.head_lr:g}",
+        "pairs": round((table.seconds * table.pairs_per_second).sum()),
+        "minutes": table.seconds.sum() / 60,
+        **metrics,
+    }
 
 
 def open_clip(options: Namespace, lr: str, folder: Path) -> dict:
-    """open_clip's own program with its usual batch: AdamW, warmup over a tenth, a cosine to 0, batch norm trained.
+    """open_clip's own program with its default batch size.
 
-    Every caption is a pair of its own. The program makes whole passes over a table, so short tries tell the faster
-    precision, and how many rows, from the first again after the last, fill the minutes.
+    AdamW, linear warmup over a tenth of the steps, a cosine to 0, batch-norm statistics trained.
+    Each caption is a pair of its own. The program only makes whole passes over a table, so a short
+    trial determines the faster precision and the number of pairs that fill the minutes. The pairs
+    are repeated if there are too few.
     """
     import open_clip as library
-    from baselines import OPEN_CLIP_MODEL, describe_to_open_clip, train_open_clip, write_pairs
+    from baselines import OPEN_CLIP_MODEL, add_open_clip_model, train_open_clip, write_pairs
     from PIL import Image
 
     from data import read_splits
 
+    # 1. The data and the model.
     os.chdir(folder)
     split = read_splits(options.data_dir)["train"]
-    pairs = [
-        (path, caption)
-        for path, captions in zip(split.paths, split.captions)
-        for caption in captions
-    ]
+    pairs = []
+    for path, captions in zip(split.paths, split.captions):
+        pairs += [(path, caption) for caption in captions]
     random.Random(0).shuffle(pairs)
-    describe_to_open_clip(
-        f"local-dir:{options.image_encoder}", options.text_encoder, options.image_size
-    )
-    arguments = ["--batch-size", str(BATCH), "--workers", "4", "--pretrained-image"]
-    arguments += ["--force-context-length", str(CONTEXT)]
+    image_encoder = f"local-dir:{options.image_encoder}"
+    add_open_clip_model(image_encoder, options.text_encoder, options.image_size)
     statistics = pixel_statistics(options)
-    for flag, values in zip(("--image-mean", "--image-std"), statistics.values()):
-        arguments += [flag, *map(str, values)]
-    write_pairs(pairs[: 12 * BATCH], Path("try.csv"))
-    speed, precision = max(
-        (
-            np.median(
-                train_open_clip(Path("try.csv"), *arguments, "--precision", each, "--logs", "none")[
-                    4:
-                ]
-            ),
-            each,
-        )
-        for each in ("fp32", "amp_bf16")
-    )
-    arguments += ["--precision", precision]
-    steps = max(10, round(60 * options.minutes * speed / BATCH))
-    write_pairs((pairs * (1 + steps * BATCH // len(pairs)))[: steps * BATCH], Path("pairs.csv"))
-    rate = ["--lr", lr, "--warmup", str(steps // 10), "--logs", "logs", "--name", "run"]
-    speeds = train_open_clip(Path("pairs.csv"), *arguments, *rate)
+    arguments = ["--batch-size", str(OPEN_CLIP_BATCH), "--workers", "4", "--pretrained-image"]
+    arguments += ["--force-context-length", str(CONTEXT_LENGTH)]
+    arguments += ["--image-mean", *map(str, statistics["mean"])]
+    arguments += ["--image-std", *map(str, statistics["std"])]
+
+    # 2. The trial.
+    write_pairs(pairs[: 12 * OPEN_CLIP_BATCH], Path("trial.csv"))
+    speed_of = {}
+    for precision in ("fp32", "amp_bf16"):
+        trial = [*arguments, "--precision", precision, "--logs", "none"]
+        speed_of[precision] = np.median(train_open_clip(Path("trial.csv"), *trial)[4:])
+    precision = max(speed_of, key=speed_of.get)
+    num_steps = max(10, round(60 * options.minutes * speed_of[precision] / OPEN_CLIP_BATCH))
+    num_pairs = num_steps * OPEN_CLIP_BATCH
+
+    # 3. The training.
+    repeated = pairs * (1 + num_pairs // len(pairs))
+    write_pairs(repeated[:num_pairs], Path("pairs.csv"))
+    arguments += ["--precision", precision, "--lr", lr, "--warmup", str(num_steps // 10)]
+    arguments += ["--logs", "logs", "--name", "run"]
+    speeds = train_open_clip(Path("pairs.csv"), *arguments)
+
+    # 4. The score.
     model, _, preprocess = library.create_model_and_transforms(
         OPEN_CLIP_MODEL,
         "logs/run/checkpoints/epoch_1.pt",
@@ -224,90 +251,93 @@ def open_clip(options: Namespace, lr: str, folder: Path) -> dict:
         image_std=statistics["std"],
     )
     model.eval()
-    tokenizer = library.get_tokenizer(OPEN_CLIP_MODEL, context_length=CONTEXT)
-    metrics = score(
-        lambda paths: model.encode_image(
-            torch.stack([preprocess(Image.open(path)) for path in paths])
-        ),
-        lambda texts: model.encode_text(tokenizer(texts)),
-        options.data_dir,
-        options.split,
-    )
-    minutes = sum(BATCH / each for each in speeds) / 60
-    return {"rate": f"{lr}, {precision}", "pairs": steps * BATCH, "minutes": minutes, **metrics}
+    tokenizer = library.get_tokenizer(OPEN_CLIP_MODEL, context_length=CONTEXT_LENGTH)
+
+    def encode_images(paths: list[Path]) -> Tensor:
+        return model.encode_image(torch.stack([preprocess(Image.open(path)) for path in paths]))
+
+    def encode_texts(texts: list[str]) -> Tensor:
+        return model.encode_text(tokenizer(texts))
+
+    metrics = score(encode_images, encode_texts, options.data_dir, options.split)
+    minutes = sum(OPEN_CLIP_BATCH / speed for speed in speeds) / 60
+    return {"lr": f"{lr}, {precision}", "pairs": num_pairs, "minutes": minutes, **metrics}
 
 
 def pixel_statistics(options: Namespace) -> dict[str, tuple[float, ...]]:
-    """Mean and standard deviation of pixels as the image encoder knows them."""
+    """The mean and standard deviation of pixels that timm gives for the image encoder."""
     import timm
 
     settings = timm.create_model(f"local-dir:{options.image_encoder}").pretrained_cfg
     return {name: settings[name] for name in ("mean", "std")}
 
 
-def tutorial(options: Namespace, times: str, folder: Path) -> dict:
-    """The tutorial's recipe; its rates fall by a fifth when the loss on the dev split has not fallen for two epochs.
+def tutorial(options: Namespace, lr_factor: str, folder: Path) -> dict:
+    """The tutorial's recipe.
 
-    The weights with the smallest such loss are scored, of the ends of epochs and of the minutes.
+    Its learning rates are multiplied by 0.8 when the loss on the dev split has not decreased for
+    two epochs. The weights with the smallest such loss are scored; it is measured after each epoch
+    and at the end of the minutes.
     """
-    from baselines import Tutorial, TutorialRows
+    from baselines import Tutorial, TutorialDataset
 
     from config import Config
-    from data import read_splits, tokenize
-    from models import CLIP, Tower, build_image_encoder, load_text_encoder, pick_device
+    from data import Split, read_splits, tokenize
+    from models import build_clip, pick_device
 
     pick_device("cpu")
     torch.manual_seed(0)
-    splits = read_splits(options.data_dir)
-    encoders = {
-        "image_encoder": f"local-dir:{options.image_encoder}",
-        "text_encoder": options.text_encoder,
-    }
     config = Config(
-        image_size=options.image_size, dropout=0.1, drop_path=0.0, **encoders
-    )  # dropout as in the tutorial
-    text, tokenizer = load_text_encoder(config)
-    model = CLIP(Tower(build_image_encoder(config), config), Tower(text, config), 1.0)
+        image_size=options.image_size,
+        image_encoder=f"local-dir:{options.image_encoder}",
+        text_encoder=options.text_encoder,
+        dropout=0.1,  # as in the tutorial
+        drop_path=0.0,
+    )
+    model, tokenizer = build_clip(config)
     statistics = pixel_statistics(options)
 
-    def rows(split: str) -> TutorialRows:
-        paths = [
-            path
-            for path, captions in zip(splits[split].paths, splits[split].captions)
-            for _ in captions
-        ]
-        return TutorialRows(
-            paths, splits[split].texts, options.text_encoder, options.image_size, statistics
+    def build_dataset(split: Split) -> TutorialDataset:
+        paths = []  # of each caption's image
+        for path, captions in zip(split.paths, split.captions):
+            paths += [path] * len(captions)
+        return TutorialDataset(
+            paths, split.texts, options.text_encoder, options.image_size, statistics
         )
 
-    training, dev = Tutorial(model, rows("train"), batch_size=32, times=float(times)), rows("dev")
+    splits = read_splits(options.data_dir)
+    dev = build_dataset(splits["dev"])
+    training = Tutorial(model, build_dataset(splits["train"]), TUTORIAL_BATCH, float(lr_factor))
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(training.optimizer, patience=1, factor=0.8)
-    seconds, pairs, smallest = 0.0, 0, float("inf")
-    while seconds < 60 * options.minutes:
+    limit = 60 * options.minutes
+    seconds = 0.0
+    num_pairs = 0
+    smallest_loss = float("inf")
+    while seconds < limit:
         started = time.perf_counter()
-        for _ in training.epoch():
-            pairs += 32
-            if seconds + time.perf_counter() - started >= 60 * options.minutes:
+        for _ in training.train_epoch():
+            num_pairs += TUTORIAL_BATCH
+            if seconds + time.perf_counter() - started >= limit:
                 break
         seconds += time.perf_counter() - started
         loss = training.mean_loss(dev)
         plateau.step(loss)
-        if loss < smallest:
-            smallest, best = (
-                loss,
-                {name: value.clone() for name, value in model.state_dict().items()},
-            )
+        if loss < smallest_loss:
+            smallest_loss = loss
+            best = {name: value.clone() for name, value in model.state_dict().items()}
     model.load_state_dict(best)
     model.eval()
-    metrics = score(
-        lambda paths: training.encode_image(
-            torch.stack([training.rows.pixels(path) for path in paths])
-        ),
-        lambda texts: training.encode_text(*tokenize(tokenizer, texts)),
-        options.data_dir,
-        options.split,
-    )
-    return {"rate": f"usual, times {times}", "pairs": pairs, "minutes": seconds / 60, **metrics}
+
+    def encode_images(paths: list[Path]) -> Tensor:
+        pixels = torch.stack([training.dataset.load_pixels(path) for path in paths])
+        return training.encode_image(pixels)
+
+    def encode_texts(texts: list[str]) -> Tensor:
+        return training.encode_text(*tokenize(tokenizer, texts))
+
+    metrics = score(encode_images, encode_texts, options.data_dir, options.split)
+    lr = f"usual, times {lr_factor}"
+    return {"lr": lr, "pairs": num_pairs, "minutes": seconds / 60, **metrics}
 
 
 PROGRAMS = {"trainer.py": trainer_py, "open_clip": open_clip, "tutorial": tutorial}
