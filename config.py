@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import tyro
 from tqdm import tqdm
@@ -20,6 +20,7 @@ from tyro.conf import DisallowNone, UseAppendAction
 
 FLICKR8K_URL = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k/"
 OUTPUT_FORMATS = (".png", ".jpg", ".jpeg", ".pdf", ".svg", ".csv")
+Precision = Literal["auto", "float32", "bfloat16"]
 WORKER = "DataLoader worker"  # how torch's error messages name a worker process
 
 
@@ -74,9 +75,7 @@ class Config:
     name: str = "clip"  # the run is saved in runs/NAME
     seed: int = 0  # the same seed gives the same run
     device: str = "auto"  # auto: cuda, mps or cpu, whichever is there; or a name such as cuda:1
-    precision: Literal["auto", "float32", "bfloat16"] = (
-        "auto"  # auto: 16 bits on CUDA, else float32
-    )
+    precision: Precision = "auto"  # of the encoders; auto: 16 bits on CUDA, else float32
     demo: bool = False  # train small encoders on generated shapes, two minutes on a CPU
     resume: str = ""  # resume the run of this last.pt with its settings
 
@@ -105,7 +104,7 @@ class Config:
             clip_norm=(1e-6, 1e6),
             seed=(0, 2**32 - 1),
         )
-        if self.precision not in ("auto", "float32", "bfloat16"):
+        if self.precision not in get_args(Precision):
             raise ValueError(f"--precision {self.precision!r}: must be auto, float32 or bfloat16")
         if self.chunk_size == 1:
             raise ValueError("--chunk-size 1: batch norm needs at least 2 images; 0 is all of them")
@@ -139,9 +138,7 @@ class SearchConfig:
 
     weights: Path  # checkpoint of a run: best.pt or last.pt
     n: int = 8  # number of images to show for each query
-    query: UseAppendAction[list[str]] = field(
-        default_factory=list
-    )  # search text; - reads stdin lines
+    query: UseAppendAction[list[str]] = field(default_factory=list)  # text; - reads stdin lines
     images: Path | None = None  # folder of images to search; default: the data set's test images
     image: Path | None = None  # rank the queries, or else the test captions, for this image file
     output: Path = Path("matches.png")  # .png, .jpg, .pdf or .svg for a figure, .csv for a table

@@ -17,6 +17,7 @@ from torch import Tensor
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "benchmarks")]
 os.environ.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
+torch.set_num_threads(1)  # in this process too
 
 import trainer  # noqa: E402
 from config import Config  # noqa: E402

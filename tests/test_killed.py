@@ -1,4 +1,4 @@
-"""A run that is killed and resumed, over and over, ends as if it had not been: the same weights, the same figures.
+"""A run that is killed and resumed many times ends with the same tensors and metrics.
 
 CLIP_KILLS=100 python -m pytest tests/test_killed.py -s
 """
@@ -13,205 +13,207 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, TIMES, TINY
+from conftest import ROOT, TIMES, TINY, curve
 from torch import Tensor
 
-from trainer import main
+import trainer
 
 KILLS = int(os.environ.get("CLIP_KILLS", "4"))
 EPOCHS = 4
 FLAGS = [*TINY, "--epochs", str(EPOCHS), "--dropout", "0.3", "--drop-path", "0.3", "--augment"]
-WRITTEN = [
-    "best.pt",
-    "last.pt",
-    "metrics.csv",
-    "curves.png",
-    "test.json",
-]  # after an epoch, in this order
-PATIENCE = 300  # seconds
+# The files that a run writes after an epoch, in this order, and the one at its end.
+WRITTEN = ["best.pt", "last.pt", "metrics.csv", "curves.png", "test.json"]
+TIMEOUT = 300  # seconds
 
 
 class Training:
-    """A process of `trainer.py` in the folder `place`: from the start, or on from the checkpoint that is there."""
+    """A process of `trainer.py` in `folder`. It resumes if there is a checkpoint."""
 
-    def __init__(self, place: Path, shapes: Path, workers: int = 0) -> None:
-        self.run, self.log = place / "runs" / "demo", place / "log.txt"
-        self.resumes = (self.run / "last.pt").exists()
-        flags = (
-            ["--resume", "runs/demo/last.pt"]
-            if self.resumes
-            else [*FLAGS, "--data-dir", os.path.relpath(shapes, place)]
-        )
+    def __init__(self, folder: Path, shapes: Path, num_workers: int = 0) -> None:
+        self.run_dir = folder / "runs" / "demo"
+        self.log = folder / "log.txt"
+        self.resumes = (self.run_dir / "last.pt").exists()
+        if self.resumes:
+            flags = ["--resume", "runs/demo/last.pt"]
+        else:
+            flags = [*FLAGS, "--data-dir", os.path.relpath(shapes, folder)]
+        flags += ["--num-workers", str(num_workers)]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-u",
-                    str(ROOT / "trainer.py"),
-                    *flags,
-                    "--num-workers",
-                    str(workers),
-                ],
-                cwd=place,
+                [sys.executable, "-u", str(ROOT / "trainer.py"), *flags],
+                cwd=folder,
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
-        self.deadline = time.monotonic() + PATIENCE
+        self.deadline = time.monotonic() + TIMEOUT
 
-    def lasts(self) -> bool:
-        """Whether the process is at work still; the pause leaves the core to it."""
+    def is_running(self) -> bool:
         assert time.monotonic() < self.deadline, self.log.read_text()
-        time.sleep(0.0005)
+        time.sleep(0.0005)  # leaves the core to the process
         return self.process.poll() is None
 
-    def epochs(self) -> list[str]:
+    def epoch_lines(self) -> list[str]:
         return [line for line in self.log.read_text().splitlines() if line.startswith("epoch ")]
 
-    def wait_for(self, epochs: int) -> None:
-        """Returns when so many epochs are done, 0: when the first begins; or when the process has ended."""
-        while self.lasts() and (
-            "loss at chance" not in self.log.read_text() or len(self.epochs()) < epochs
-        ):
+    def has_started(self) -> bool:
+        return "loss at chance" in self.log.read_text()
+
+    def wait_for_epochs(self, count: int) -> None:
+        """Waits until the first epoch starts and `count` have ended, or until the process ends."""
+        while self.is_running() and not (self.has_started() and len(self.epoch_lines()) >= count):
             pass
 
-    def wait_for_writing(self, file: str) -> None:
-        """Returns while `file`, or one that is written after it, is being written."""
-        later = tuple(WRITTEN[WRITTEN.index(file) :])
-        while self.lasts() and not any(name.startswith(later) for name in self.half_written()):
+    def wait_for_write(self, file: str) -> None:
+        """Waits until `file`, or one written after it, is partly written."""
+        names = tuple(WRITTEN[WRITTEN.index(file) :])
+        while self.is_running() and not any(name.startswith(names) for name in self.partial()):
             pass
 
-    def half_written(self) -> list[str]:
-        return [path.name for path in self.run.glob("*.tmp")]
+    def partial(self) -> list[str]:
+        """The names of the files that are partly written."""
+        return [path.name for path in self.run_dir.glob("*.tmp")]
 
     def kill(self) -> bool:
-        """Whether the process was still there to be killed."""
+        """Kills the process. Returns False if it had already ended."""
         self.process.kill()
         return self.process.wait() < 0
 
 
-def history(weights: Path) -> list[dict[str, float]]:
-    return torch.load(weights, weights_only=True)["history"]
+def history(checkpoint: Path) -> list[dict[str, float]]:
+    return torch.load(checkpoint, weights_only=True)["history"]
 
 
-def rows(run: Path) -> list[list[str]]:
-    """`metrics.csv` to the last digit, without its two columns of times."""
-    if not (run / "metrics.csv").exists():  # before the first one was written
+def rows(run_dir: Path) -> list[list[str]]:
+    """The rows of `metrics.csv`; none before the file is first written."""
+    if not (run_dir / "metrics.csv").exists():
         return []
-    return pd.read_csv(run / "metrics.csv", dtype=str).drop(columns=TIMES).to_numpy().tolist()
+    return curve(run_dir).to_numpy().tolist()
 
 
-def tensors(value: Any, name: str = "") -> dict[str, Tensor]:
-    """Every tensor of a weights file: the model's, the optimiser's, and whatever else there is."""
+def all_tensors(value: Any, name: str = "") -> dict[str, Tensor]:
+    """Every tensor of a checkpoint: of the model, of the optimizer, and any other."""
     if isinstance(value, Tensor):
         return {name: value}
-    inner = (
-        value.items()
-        if isinstance(value, dict)
-        else enumerate(value)
-        if isinstance(value, list | tuple)
-        else []
-    )
-    return {
-        key: tensor for at, part in inner for key, tensor in tensors(part, f"{name}/{at}").items()
-    }
+    if isinstance(value, dict):
+        parts = list(value.items())
+    elif isinstance(value, list | tuple):
+        parts = list(enumerate(value))
+    else:
+        parts = []
+    found = {}
+    for key, part in parts:
+        found |= all_tensors(part, f"{name}/{key}")
+    return found
 
 
 def assert_equal_runs(one: Path, other: Path) -> None:
+    """Asserts that two runs have the same rows, tensors and history, apart from times."""
     assert rows(one) == rows(other)
     for file in ("last.pt", "best.pt"):
-        ours, theirs = (tensors(torch.load(run / file, weights_only=True)) for run in (one, other))
+        ours = all_tensors(torch.load(one / file, weights_only=True))
+        theirs = all_tensors(torch.load(other / file, weights_only=True))
         assert ours.keys() == theirs.keys()
         assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
-    ours, theirs = (history(run / "last.pt") for run in (one, other))
-    assert [row | dict.fromkeys(TIMES) for row in ours] == [
-        row | dict.fromkeys(TIMES) for row in theirs
-    ]
+    no_times = dict.fromkeys(TIMES)
+    our_history = [row | no_times for row in history(one / "last.pt")]
+    their_history = [row | no_times for row in history(other / "last.pt")]
+    assert our_history == their_history
 
 
-def assert_whole(run: Path, unbroken: Path) -> int:
-    """What a killed run left can all be read, and its figures are those of the unbroken one; returns its epochs."""
-    done = len(history(run / "last.pt"))
-    for weights in run.glob("*.pt"):
-        with zipfile.ZipFile(weights) as archive:
+def assert_intact(run_dir: Path, uninterrupted: Path) -> int:
+    """Asserts that all files of a killed run are whole and its metrics right.
+
+    Returns the number of its finished epochs.
+    """
+    finished = len(history(run_dir / "last.pt"))
+    for checkpoint in run_dir.glob("*.pt"):
+        with zipfile.ZipFile(checkpoint) as archive:
             assert archive.testzip() is None
-    assert done == 0 or (run / "best.pt").exists()
-    table = rows(run)
-    assert table == rows(unbroken)[: len(table)]
-    assert (
-        done - 1 <= len(table) <= done
-    )  # the row comes after the weights, and with the resume if it did not come
-    return done
+    assert finished == 0 or (run_dir / "best.pt").exists()
+    table = rows(run_dir)
+    assert table == rows(uninterrupted)[: len(table)]
+    # A row is written after the checkpoint, or at the latest when the run is resumed.
+    assert finished - 1 <= len(table) <= finished
+    return finished
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("killed")
 
 
 @pytest.fixture(scope="module")
-def unbroken(place: Path, shapes: Path) -> tuple[Path, float]:
-    """The folder of a run that nobody disturbed, and the seconds that one of its epochs took."""
-    (place / "unbroken").mkdir()
-    training = Training(place / "unbroken", shapes)
-    training.wait_for(0)
+def uninterrupted(folder: Path, shapes: Path) -> tuple[Path, float]:
+    """The folder of a run that was never killed, and the seconds that one of its epochs took."""
+    (folder / "uninterrupted").mkdir()
+    training = Training(folder / "uninterrupted", shapes)
+    training.wait_for_epochs(0)
     started = time.monotonic()
-    training.wait_for(EPOCHS)
+    training.wait_for_epochs(EPOCHS)
     seconds = (time.monotonic() - started) / EPOCHS
-    assert training.process.wait(PATIENCE) == 0, training.log.read_text()
-    return training.run, seconds
+    assert training.process.wait(TIMEOUT) == 0, training.log.read_text()
+    return training.run_dir, seconds
 
 
-def test_a_run_that_is_killed_and_resumed_equals_an_unbroken_one_bit_for_bit(
-    place, shapes, unbroken
+def kill_at_random(training: Training, epoch_seconds: float, rng: np.random.Generator) -> bool:
+    """Kills it in an epoch or during a write. Returns False if it had already ended."""
+    training.wait_for_epochs(int(rng.choice([0, 1], p=[0.7, 0.3])))
+    if rng.random() < 0.5:
+        training.wait_for_write(str(rng.choice(WRITTEN[:-1])))
+    else:
+        time.sleep(rng.random() * epoch_seconds)
+    return training.kill()
+
+
+@pytest.mark.slow
+def test_killed_run_resumes_bit_for_bit(
+    folder: Path, shapes: Path, uninterrupted: tuple[Path, float]
 ):
-    unbroken, epoch_seconds = unbroken
-    draw = np.random.default_rng(0)
-    kills = while_writing = resumes = runs = done = 0
+    """It is killed in epochs and during writes, and resumed until it ends, again and again."""
+    expected, epoch_seconds = uninterrupted
+    rng = np.random.default_rng(0)
+    kills = 0
+    kills_during_write = 0
+    resumes = 0
+    runs = 0
+    epochs = 0  # finished ones of the current run
     finished = True
     while kills < KILLS or not finished:
         if finished:
-            runs, done = runs + 1, 0
-            (place / f"run {runs}").mkdir()
-        training = Training(place / f"run {runs}", shapes, workers=int(draw.integers(2)))
+            runs += 1
+            epochs = 0
+            (folder / f"run {runs}").mkdir()
+        training = Training(folder / f"run {runs}", shapes, num_workers=int(rng.integers(2)))
         resumes += training.resumes
         if kills < KILLS:
-            training.wait_for(int(draw.choice([0, 1], p=[0.7, 0.3])))
-            if draw.random() < 0.5:
-                training.wait_for_writing(str(draw.choice(WRITTEN[:-1])))
-            else:
-                time.sleep(draw.random() * epoch_seconds)
-            killed = training.kill()
+            killed = kill_at_random(training, epoch_seconds, rng)
         else:
-            killed = training.process.wait(PATIENCE) < 0
+            killed = training.process.wait(TIMEOUT) < 0
         finished = not killed
-        if training.epochs():
-            assert training.epochs()[0].startswith(f"epoch {done + 1} of {EPOCHS}:")
+        if training.epoch_lines():
+            assert training.epoch_lines()[0].startswith(f"epoch {epochs + 1} of {EPOCHS}:")
         if finished:
             assert training.process.returncode == 0, training.log.read_text()
-            assert training.half_written() == []
-            assert_equal_runs(training.run, unbroken)
+            assert training.partial() == []
+            assert_equal_runs(training.run_dir, expected)
             continue
         kills += 1
-        while_writing += bool(training.half_written())
-        if (training.run / "last.pt").exists():
-            before, done = done, assert_whole(training.run, unbroken)
-            assert done >= before
-    print(
-        f"\n{kills} kills, {while_writing} while a file was being written, {resumes} resumes, {runs} runs:",
-        end=" ",
-    )
-    print("every tensor and every figure as in the unbroken run")
-    assert while_writing >= KILLS // 5
+        kills_during_write += bool(training.partial())
+        if (training.run_dir / "last.pt").exists():
+            epochs_before = epochs
+            epochs = assert_intact(training.run_dir, expected)
+            assert epochs >= epochs_before
+    print(f"\n{kills} kills, {kills_during_write} of them during a write,", end=" ")
+    print(f"{resumes} resumes, {runs} runs: all tensors and metrics as in the uninterrupted run")
+    assert kills_during_write >= KILLS // 5
 
 
-def test_a_run_killed_between_its_last_weights_and_their_row_gets_the_row_with_the_resume(
-    trained, workdir, shapes
-):
-    run = shutil.copytree(trained, workdir / "runs" / "demo")
-    lines = (run / "metrics.csv").read_text().splitlines(keepends=True)
-    (run / "metrics.csv").write_text("".join(lines[:-1]))
-    main(["--resume", "runs/demo/last.pt", "--data-dir", str(shapes)])
-    assert rows(run) == rows(trained)
+def test_resume_writes_the_row_missing_from_metrics(trained: Path, workdir: Path, shapes: Path):
+    """Such as that of a run killed between its last checkpoint and `metrics.csv`."""
+    run_dir = shutil.copytree(trained, workdir / "runs" / "demo")
+    lines = (run_dir / "metrics.csv").read_text().splitlines(keepends=True)
+    (run_dir / "metrics.csv").write_text("".join(lines[:-1]))
+    trainer.main(["--resume", "runs/demo/last.pt", "--data-dir", str(shapes)])
+    assert rows(run_dir) == rows(trained)
