@@ -1,0 +1,247 @@
+"""Checkpoints from strangers: they cause no connection, and a bad one is an error of one line."""
+
+import shutil
+import socket
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import timm
+import torch
+from conftest import error_message
+
+from config import UserError
+from inference import Searcher
+from inference import main as search
+from models import load_checkpoint
+from trainer import main as train
+
+SEARCH = ["--num-workers", "0", "--device", "cpu"]
+REMOVE = ...  # the value for `tampered` that removes a field
+HUB = "nobody/no-such-model"
+
+
+@pytest.fixture
+def checkpoint(trained: Path, workdir: Path) -> Path:
+    """A checkpoint without an index: `w.pt` in the current directory."""
+    shutil.copy(trained / "best.pt", workdir / "w.pt")
+    return Path("w.pt")
+
+
+@pytest.fixture
+def images(shapes: Path, workdir: Path) -> Path:
+    """A folder of four images: `images` in the current directory."""
+    (workdir / "images").mkdir()
+    for source in sorted((shapes / "Images").iterdir())[:4]:
+        shutil.copy(source, workdir / "images")
+    return Path("images")
+
+
+@pytest.fixture
+def connections(monkeypatch: pytest.MonkeyPatch) -> list:
+    """The hosts and addresses that this process tries to connect to; every attempt fails."""
+    attempts = []
+
+    def refuse(*address: object, **_: object) -> None:
+        attempts.append(address)
+        raise OSError("no network in this test")
+
+    for name in ("getaddrinfo", "create_connection"):
+        monkeypatch.setattr(socket, name, refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    return attempts
+
+
+def tampered(checkpoint: Path, field: str, value: object) -> Path:
+    """A copy of `checkpoint` with another value of a field, such as "config/image_size"."""
+    content = torch.load(checkpoint, weights_only=True)
+    *parents, name = field.split("/")
+    part = content
+    for parent in parents:
+        part[parent] = dict(part[parent])
+        part = part[parent]
+    if value is REMOVE:
+        del part[name]
+    else:
+        part[name] = value
+    torch.save(content, "stranger.pt")
+    return Path("stranger.pt")
+
+
+# ---------------------------------------------------------------- connections
+
+
+def test_connections_records_attempt(connections: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fixture notices a download, so that an empty list means that there was none."""
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between attempts
+    with pytest.raises(Exception):  # noqa: B017
+        timm.create_model("hf-hub:timm/test_resnet.r160_in1k", pretrained=True)
+    assert connections
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("image_encoder/name", f"hf-hub:{HUB}"),
+        ("image_encoder/name", f"hf_hub:{HUB}"),
+        ("image_encoder/name", "local-dir:planted"),
+        ("image_encoder/name", "test_resnet.r160_in1k"),
+        ("image_encoder/arguments", {"checkpoint_path": "w.pt"}),
+        ("image_encoder/arguments", {"pretrained": True}),
+        ("image_encoder/arguments", {"pretrained_cfg": {"hf_hub_id": HUB}}),
+        (
+            "text_encoder",
+            {
+                "model_type": "timm_backbone",
+                "backbone": f"hf-hub:{HUB}",
+                "use_pretrained_backbone": True,
+            },
+        ),
+        ("text_encoder", {"model_type": "timm_wrapper", "architecture": f"hf-hub:{HUB}"}),
+        (
+            "text_encoder",
+            {
+                "model_type": "detr",
+                "backbone": f"hf-hub:{HUB}",
+                "use_timm_backbone": True,
+                "vocab_size": 9,
+            },
+        ),
+        ("text_encoder", {"model_type": HUB}),
+        ("text_encoder", {"model_type": "t5"}),
+    ],
+)
+def test_search_rejects_model_from_elsewhere_without_connection(
+    field: str, value: object, checkpoint: Path, images: Path, connections: list
+) -> None:
+    """The checkpoint names a model on a hub or in a file, or one that is not supported."""
+    file = tampered(checkpoint, field, value)
+    error_message(search, "--weights", file, "--images", images, *SEARCH)
+    assert connections == []
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("config/image_encoder", f"hf-hub:{HUB}"),
+        ("config/text_encoder", HUB),
+        ("config/pretrained", True),
+        ("config/download_url", "https://example.org"),
+        ("text_encoder/_name_or_path", HUB),
+        (
+            "text_encoder/auto_map",
+            {"AutoModel": f"{HUB}--evil.Model", "AutoConfig": f"{HUB}--evil.Config"},
+        ),
+        ("text_encoder/attn_implementation", "kernels-community/flash-attn"),
+        ("text_encoder/_attn_implementation", "kernels-community/flash-attn"),
+        ("text_encoder/_attn_implementation_internal", "kernels-community/flash-attn"),
+        ("text_encoder/quantization_config", {"quant_method": "awq"}),
+        ("text_encoder/trust_remote_code", True),
+        ("text_encoder/pretrained_model_name_or_path", HUB),
+    ],
+)
+def test_search_ignores_remote_names_in_settings(
+    field: str, value: object, checkpoint: Path, images: Path, connections: list
+) -> None:
+    """The result is the same or an error, without a connection."""
+    expected = Searcher(checkpoint, "cpu", 0).search(["a red circle"], images)[0]
+    file = tampered(checkpoint, field, value)
+    try:
+        assert Searcher(file, "cpu", 0).search(["a red circle"], images)[0] == expected
+    except UserError as error:
+        assert "\n" not in str(error)
+    assert connections == []
+
+
+def test_resume_ignores_download_url_of_checkpoint(
+    trained: Path, workdir: Path, connections: list
+) -> None:
+    """The resumed run downloads its data from the default URL only."""
+    content = torch.load(trained / "last.pt", weights_only=True)
+    content["config"] |= {
+        "data_dir": "data/flickr8k",
+        "download_url": "http://stranger.example/",
+        "demo": False,
+    }
+    torch.save(content, "stranger.pt")
+    (workdir / "runs/demo").mkdir(parents=True)
+    shutil.copy(trained / "best.pt", "runs/demo")  # without it the run is not resumed at all
+    error_message(train, "--resume", "stranger.pt")
+    assert "stranger.example" not in str(connections)
+    assert "github.com" in str(connections)
+
+
+# ---------------------------------------------------------------- tampered fields
+
+NO_PADDING = (
+    '{"version":"1.0","model":{"type":"WordLevel","vocab":{"a":0,"[UNK]":1},"unk_token":"[UNK]"}}'
+)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("config", REMOVE),
+        ("config", []),
+        ("config/image_size", "64"),
+        ("config/image_size", 10**9),
+        ("config/projection_dim", 2.5),
+        ("config/evil", 1),
+        ("image_encoder", REMOVE),
+        ("image_encoder", "test_resnet"),
+        ("image_encoder/name", ["test_resnet"]),
+        ("image_encoder/arguments", None),
+        ("image_encoder/arguments", {"in_chans": 10**12}),
+        ("image_encoder/arguments", {"global_pool": "evil"}),
+        ("image_encoder/arguments", {"num_classes": "many"}),
+        ("text_encoder", REMOVE),
+        ("text_encoder", []),
+        ("text_encoder/model_type", REMOVE),
+        ("text_encoder/model_type", ["distilbert"]),
+        ("text_encoder/dim", 65),
+        ("text_encoder/dim", "wide"),
+        ("text_encoder/n_layers", 10**7),
+        ("text_encoder/n_layers", -1),
+        ("text_encoder/n_heads", 0),
+        ("text_encoder/activation", "evil"),
+        ("text_encoder/vocab_size", 2**62),
+        ("text_encoder/pad_token_id", 10**6),
+        ("tokenizer", REMOVE),
+        ("tokenizer", "{}"),
+        ("tokenizer", 5),
+        ("tokenizer", NO_PADDING.replace('"a":0', '"a":999999')),
+        ("example_query", REMOVE),
+        ("example_query", 5),
+        ("model", REMOVE),
+        ("model", []),
+        ("model/image.head.linear.weight", None),
+    ],
+)
+def test_search_rejects_tampered_checkpoint(
+    field: str, value: object, checkpoint: Path, images: Path
+) -> None:
+    file = tampered(checkpoint, field, value)
+    query = ["--query", "a"] if field == "tokenizer" else []
+    error_message(search, "--weights", file, "--images", images, *query, *SEARCH)
+
+
+def test_classify_rejects_checkpoint_without_logit_scale(checkpoint: Path, images: Path) -> None:
+    image = next(images.iterdir())
+    file = tampered(checkpoint, "model/logit_scale", REMOVE)
+    queries = ["--query", "a", "--query", "b"]
+    error_message(search, "--weights", file, "--image", image, *queries, *SEARCH)
+
+
+def test_search_rejects_huge_layer_count_quickly(checkpoint: Path, images: Path) -> None:
+    file = tampered(checkpoint, "text_encoder/n_layers", 10**7)
+    started = time.monotonic()
+    error_message(search, "--weights", file, "--images", images, *SEARCH)
+    assert time.monotonic() - started < 20  # seconds
+
+
+def test_load_checkpoint_keeps_settings(trained: Path) -> None:
+    config = asdict(load_checkpoint(trained / "best.pt").config)
+    assert torch.load(trained / "best.pt", weights_only=True)["config"] == config
