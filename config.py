@@ -35,7 +35,7 @@ class UserError(Exception):
         super().__init__(" ".join(message.splitlines()))
 
 
-# Each field is a flag; the comment behind it is the flag's help text.
+# Each field is a flag; the comment after it is the flag's help text.
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ def cli_errors(main: Callable[..., None]) -> Callable[..., None]:
             if cause is None:
                 raise
             sys.exit(f"error: {cause}: {str(error).splitlines()[0]}")
-        except (KeyboardInterrupt, EOFError):
+        except (KeyboardInterrupt, EOFError):  # EOF: a stopped worker has closed its pipe
             sys.exit("stopped")
 
     return script

@@ -50,7 +50,8 @@ from models import (
 )
 
 RECALL_KS = (1, 5, 10)
-METRICS = [f"{way}_{name}" for way in ("t2i", "i2t") for name in ("r1", "r5", "r10", "medr")]
+DIRECTIONS = {"t2i": "text to image", "i2t": "image to text"}
+METRICS = [f"{way}_{name}" for way in DIRECTIONS for name in ("r1", "r5", "r10", "medr")]
 RECALLS = [name for name in METRICS if not name.endswith("medr")]
 ENCODE_BATCH = 64  # images
 SCORES_PER_BLOCK = 2**24  # of a ranking: 64 MB of float32
@@ -210,7 +211,8 @@ def retrieval_metrics(
         rows = slice(start, start + block_size)
         scores = cosine_similarity(text_embeddings[rows], image_embeddings)  # (b, N)
         right = scores.gather(1, image_of_text[rows, None])  # (b, 1)
-        t2i_ranks[rows] = (~(scores < right)).sum(dim=1)  # counts the right one itself
+        # Not >=, so that a NaN ranks before the right answer. Counts the right answer itself.
+        t2i_ranks[rows] = (~(scores < right)).sum(dim=1)
     i2t_ranks = torch.empty(num_images)
     for start in range(0, num_images, block_size):
         rows = slice(start, start + block_size)
@@ -250,7 +252,7 @@ def evaluate(
 def format_metrics(metrics: dict[str, float]) -> str:
     """The metrics in one line."""
     parts = []
-    for direction, name in (("t2i", "text to image"), ("i2t", "image to text")):
+    for direction, name in DIRECTIONS.items():
         recalls = " / ".join(f"{metrics[f'{direction}_r{k}']:.1f}" for k in RECALL_KS)
         median_rank = metrics[f"{direction}_medr"]
         parts.append(f"{name} R@1/5/10 {recalls}, median rank {median_rank:g}")
@@ -259,11 +261,11 @@ def format_metrics(metrics: dict[str, float]) -> str:
 
 # ---------------------------------------------------------------- the embedding index
 
-Signature = tuple[str, int, int]  # absolute path, size in bytes, time of change in nanoseconds
+Signature = tuple[str, int, int]  # absolute path, size in bytes, modification time in nanoseconds
 
 
 def _file_signature(path: Path) -> Signature:
-    """What changes when the file changes."""
+    """Identifies the content of a file without reading it."""
     try:
         stat = path.stat()
     except OSError:  # such as a dangling link; `load_image` will name it
@@ -412,7 +414,8 @@ class Searcher:
         """The readable images and their embeddings (N, D); see `search` for `images`.
 
         Embeddings are kept in an index beside the checkpoint. Only images that are new or changed
-        since then, by path, size and time of change, are encoded.
+        since then, by path, size and modification time, are encoded. Unreadable ones are tried
+        again.
         """
         # 1. List the images and read the index.
         paths = self._list_images(images)

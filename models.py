@@ -512,7 +512,8 @@ def _validate_checkpoint(content: dict[str, Any], checksums: list) -> Checkpoint
     """The content of a checkpoint file as a `Checkpoint`; raises any exception if it is not one."""
     if content.get("format") != CHECKPOINT_FORMAT:
         raise ValueError("its format is another one")
-    missing = {"config", "image_encoder", "text_encoder", "example_query", "model"} - content.keys()
+    required = {"config", "image_encoder", "text_encoder", "tokenizer", "example_query", "model"}
+    missing = required - content.keys()
     if missing:
         raise ValueError(f"it lacks {', '.join(sorted(missing))}")
     types = {name: type(value) for name, value in asdict(Config()).items()}

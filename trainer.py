@@ -187,7 +187,10 @@ class Distributed:
         return values / self.world_size
 
     def main_process_first(self, work: Callable[[], None]) -> None:
-        """Calls `work` in the main process, and then in the first process of each machine."""
+        """Calls `work` in the main process, and then in the first process of each machine.
+
+        The main process calls it twice, so a second call must do nothing.
+        """
         is_first_of_machine = os.environ.get("LOCAL_RANK", "0") == "0"
         for has_turn in (self.is_main, is_first_of_machine):
             if has_turn:
@@ -207,7 +210,7 @@ class Distributed:
 
 
 def _training_precision(config: Config, device: torch.device) -> torch.dtype:
-    """ "auto" is bfloat16 on CUDA, float16 on GPUs without it, and float32 elsewhere."""
+    """The encoders' dtype; for "auto" bfloat16 or float16 on CUDA, whichever the GPU supports."""
     if config.precision != "auto":
         return getattr(torch, config.precision)
     if device.type != "cuda":
@@ -413,7 +416,8 @@ def check_run_dir(run_dir: Path, config: Config, checkpoint: Checkpoint | None) 
     last, best = run_dir / "last.pt", run_dir / "best.pt"
     is_default_demo = config.demo and config.name == DEMO_DEFAULTS["name"]
     if not checkpoint and last.exists() and not is_default_demo:
-        raise UserError(f"{last} exists: resume it with --resume {last}, or choose another --name")
+        quoted = shlex.quote(str(last))
+        raise UserError(f"{last} exists: resume it with --resume {quoted}, or pass another --name")
     if checkpoint and checkpoint.training.history and not best.exists():
         raise UserError(f"{best}: is missing; a run is resumed with its whole folder")
 
@@ -455,10 +459,10 @@ def load_splits(config: Config, dist: Distributed) -> dict[str, Split]:
 
 
 def param_groups(model: CLIP, config: Config) -> list[dict[str, Any]]:
-    """Parameters with their learning rates and weight decay, the heads last.
+    """Parameters with their learning rates and weight decay.
 
-    New heads have a larger learning rate than pretrained encoders. Only matrices decay, not biases,
-    gains or the temperature.
+    New heads have a larger learning rate than pretrained encoders. They come last, because the last
+    learning rate is logged. Only matrices decay, not biases, gains or the temperature.
     """
     heads = [model.logit_scale, *model.image.head.parameters(), *model.text.head.parameters()]
     parts = (
@@ -477,9 +481,9 @@ def param_groups(model: CLIP, config: Config) -> list[dict[str, Any]]:
 
 
 def warmup_then_cosine(total_steps: int, warmup: float) -> Callable[[int], float]:
-    """The factor on the learning rates at a step.
+    """The factor on the learning rates at a step, counted from 0.
 
-    Linear from 0 to 1 over the first `warmup` of the steps, then a half cosine down to 0.
+    It rises linearly to 1 over the first `warmup` of the steps and falls to 0 along half a cosine.
     """
     warmup_steps = max(1, round(total_steps * warmup))
 
@@ -569,7 +573,7 @@ def save_checkpoint(run: Run) -> None:
     content = {
         **checkpoint_of(run),
         "optimizer": run.optimizer.state_dict(),
-        "schedule": run.scheduler.state_dict(),
+        "schedule": run.scheduler.state_dict(),  # the name in the file format
         "scaler": run.scaler.state_dict(),
         "history": run.history,
     }
@@ -646,7 +650,7 @@ def test_best(run: Run) -> None:
     print(f"test, with the weights of epoch {best_epoch(run.history)}: {format_metrics(metrics)}")
     print(f"saved in {run.run_dir}: best.pt, last.pt, metrics.csv, curves.png, test.json")
     command = ["python", "inference.py", "--weights", str(best), "--n", "8"]
-    print(shlex.join([*command, "--query", checkpoint.example_query]))
+    print(f"{shlex.join(command)} --query={shlex.quote(checkpoint.example_query)}")
 
 
 if __name__ == "__main__":

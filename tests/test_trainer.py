@@ -1,11 +1,11 @@
-"""Training: the README's commands as a user types them, what a run's folder holds, resuming, and how a run stops."""
+"""Training: the demo, the files of a run, resuming, learning rates, errors and freezing."""
 
 import json
 import shlex
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -13,216 +13,224 @@ import pytest
 import timm
 import torch
 from conftest import (
+    CONFIG,
     FILES,
     ROOT,
     STEPS,
     TINY,
     assert_same_tensors,
     at_step,
+    build,
     curve,
+    error_message,
     names_in,
     script,
     tensors,
 )
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import DistilBertConfig, DistilBertModel, PreTrainedTokenizerFast
 
+import inference
 import trainer
 from config import Config, parse
 from data import read_splits
-from inference import evaluate
+from inference import RECALLS, evaluate
 from models import build_wordpiece_tokenizer, load_checkpoint, load_clip
-from trainer import RECALLS, best_epoch, main, param_groups, warmup_then_cosine
+from trainer import best_epoch, main, param_groups, warmup_then_cosine
 
-SMALL = [
-    "--image-size",
-    "32",
-    "--batch-size",
-    "8",
-    "--epochs",
-    "1",
-    "--num-workers",
-    "0",
-    "--device",
-    "cpu",
-]
+# Flags of one short epoch, which choose neither the encoders nor the data.
+SMALL = ["--image-size", "32", "--batch-size", "8", "--epochs", "1"]
+SMALL += ["--num-workers", "0", "--device", "cpu"]
 METRICS = ["t2i_r1", "t2i_r5", "t2i_r10", "t2i_medr", "i2t_r1", "i2t_r5", "i2t_r10", "i2t_medr"]
 COLUMNS = ["epoch", "seconds", "pairs_per_second", "lr", "train_loss", *METRICS]
 
 
-def error_message(*arguments: object) -> str:
-    """The one line with which `trainer.py arguments` ends in vain."""
-    with pytest.raises(SystemExit) as stop:
-        main([str(argument) for argument in arguments])
-    assert isinstance(stop.value.code, str)
-    assert "\n" not in stop.value.code
-    return stop.value.code
-
-
-# ---------------------------------------------------------------- the commands of the README
+# ---------------------------------------------------------------- commands of the README
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProcess:
-    """`python trainer.py --demo` in an empty folder without a network, cut short."""
+    """`python trainer.py --demo` in an empty folder without a network, with fewer steps."""
     folder = tmp_path_factory.mktemp("demo")
     flags = "--epochs 1 --image-size 32 --batch-size 64 --num-workers 0 --device cpu"
-    done = script("trainer.py", "--demo", *flags.split(), cwd=folder, network=False)
-    assert done.returncode == 0, done.stderr
-    done.folder = folder
-    return done
+    result = script("trainer.py", "--demo", *flags.split(), cwd=folder, network=False)
+    assert result.returncode == 0, result.stderr
+    result.folder = folder
+    return result
 
 
-def test_the_demo_runs_in_an_empty_folder_and_leaves_only_its_data_and_its_run(demo):
+@pytest.mark.slow
+def test_demo_creates_only_its_data_and_its_run(demo):
     assert names_in(demo.folder) == ["data", "runs"]
     assert names_in(demo.folder / "data") == ["shapes"]
     assert names_in(demo.folder / "runs") == ["demo"]
     assert names_in(demo.folder / "runs" / "demo") == FILES
 
 
-def test_the_demo_learns(demo):
-    test = json.loads((demo.folder / "runs/demo/test.json").read_text())
-    assert test["t2i_r10"] > 50  # chance: 5
+@pytest.mark.slow
+def test_demo_learns(demo):
+    metrics = json.loads((demo.folder / "runs/demo/test.json").read_text())
+    assert metrics["t2i_r10"] > 50  # at chance: 5
 
 
-def test_the_run_says_once_what_it_works_with(demo):
-    for words in ("config: ", "device: cpu", "ln(64) = 4.159"):
-        assert demo.stdout.count(words) == 1
+@pytest.mark.slow
+def test_print_summary_prints_each_part_once(demo):
+    for text in ("config: ", "device: cpu", "loss at chance: 4.159"):
+        assert demo.stdout.count(text) == 1
 
 
-def test_the_last_line_of_training_is_a_command_that_works(demo):
+@pytest.mark.slow
+def test_test_best_prints_a_search_command_that_works(demo):
     python, *command = shlex.split(demo.stdout.splitlines()[-1])
     assert (python, command[0]) == ("python", "inference.py")
-    done = script(*command, cwd=demo.folder, network=False)
-    assert done.returncode == 0, done.stderr
+    result = script(*command, cwd=demo.folder, network=False)
+    assert result.returncode == 0, result.stderr
     Image.open(demo.folder / "matches.png").verify()
 
 
-def test_any_weights_file_can_be_asked_with_the_second_line_of_the_readme(demo):
+def test_test_best_quotes_the_search_command(workdir, shapes, capsys):
+    """The command can be pasted into a shell although the run's name contains a space."""
+    main([*TINY, "--epochs", "1", "--name", "my run", "--data-dir", str(shapes)])
+    line = capsys.readouterr().out.splitlines()[-1]
+    example_query = load_checkpoint("runs/my run/best.pt").example_query
+    command = ["python", "inference.py", "--weights", "runs/my run/best.pt", "--n", "8"]
+    assert shlex.split(line) == [*command, f"--query={example_query}"]
+    inference.main(shlex.split(line)[2:])
+    Image.open(workdir / "matches.png").verify()
+
+
+def test_main_quotes_the_resume_command(workdir, shapes, monkeypatch):
+    """As above, for the command that is printed when a run is stopped."""
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "contrastive_loss", at_step(1, KeyboardInterrupt()))
+        flags = [*TINY, "--epochs", "1", "--name", "my run", "--data-dir", shapes]
+        message = error_message(main, *flags)
+    command = message.removeprefix("stopped; resume with: ")
+    assert command != message
+    assert shlex.split(command) == ["python", "trainer.py", "--resume", "runs/my run/last.pt"]
+    main(shlex.split(command)[2:])
+    assert names_in(workdir / "runs/my run") == FILES
+
+
+@pytest.mark.slow
+def test_inference_searches_with_a_moved_checkpoint(demo):
+    """The second command of the README; without --query it searches with the example query."""
     shutil.copy(demo.folder / "runs/demo/best.pt", demo.folder / "w.pt")
-    done = script("inference.py", "--weights", "w.pt", "--n", "8", cwd=demo.folder, network=False)
-    assert done.returncode == 0, done.stderr
-    hits = [line for line in done.stdout.splitlines() if line.strip()[:1].isdigit()]
-    assert len(hits) == 8
+    command = ["inference.py", "--weights", "w.pt", "--n", "8"]
+    result = script(*command, cwd=demo.folder, network=False)
+    assert result.returncode == 0, result.stderr
+    matches = [line for line in result.stdout.splitlines() if line.strip()[:1].isdigit()]
+    assert len(matches) == 8
 
 
-def test_without_a_network_or_a_cache_the_first_line_of_the_readme_says_what_to_do(workdir):
-    done = script("trainer.py", cwd=workdir, network=False)
-    assert done.returncode != 0
-    assert len(done.stderr.splitlines()) == 1, done.stderr
-    for words in ("distilbert-base-uncased", "folder", "--no-pretrained", "--demo"):
-        assert words in done.stderr
+@pytest.mark.slow
+def test_training_without_network_or_cache_explains_what_to_do(workdir):
+    result = script("trainer.py", cwd=workdir, network=False)
+    assert result.returncode != 0
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    for text in ("distilbert-base-uncased", "folder", "--no-pretrained", "--demo"):
+        assert text in result.stderr
     assert not (workdir / "data").exists()
     assert not (workdir / "runs").exists()
 
 
-def test_training_in_bfloat16_learns_on_a_cpu_too(workdir):
-    flags = "--image-size 32 --batch-size 64 --epochs 1 --num-workers 0 --device cpu --precision bfloat16"
-    depthwise = "mobilenetv3_small_050"  # of which some kernels are computed in float32
-    done = script(
-        "trainer.py",
-        "--demo",
-        "--image-encoder",
-        depthwise,
-        *flags.split(),
-        cwd=workdir,
-        network=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "device: cpu, bfloat16" in done.stdout
+@pytest.mark.slow
+def test_training_in_bfloat16_learns_on_the_cpu(workdir):
+    flags = ["--image-size", "32", "--batch-size", "64", "--epochs", "1", "--num-workers", "0"]
+    flags += ["--device", "cpu", "--precision", "bfloat16"]
+    flags += ["--image-encoder", "mobilenetv3_small_050"]  # computes some kernels in float32
+    result = script("trainer.py", "--demo", *flags, cwd=workdir, network=False)
+    assert result.returncode == 0, result.stderr
+    assert "device: cpu, bfloat16" in result.stdout
     table = pd.read_csv(workdir / "runs/demo/metrics.csv")
-    assert table["train_loss"][0] < 4.1  # chance: 4.159
-    kinds = {tensor.dtype for tensor in tensors(workdir / "runs/demo/best.pt").values()}
-    assert kinds <= {torch.float32, torch.int64}
+    assert table["train_loss"][0] < 4.1  # at chance: 4.159
+    dtypes = {tensor.dtype for tensor in tensors(workdir / "runs/demo/best.pt").values()}
+    assert dtypes <= {torch.float32, torch.int64}
 
 
-def test_depthwise_kernels_alone_are_computed_in_float32_then(workdir, shapes):
-    flags = [
-        "--demo",
-        *SMALL,
-        "--data-dir",
-        str(shapes),
-        "--image-encoder",
-        "mobilenetv3_small_050",
-    ]
+def test_setup_keeps_only_depthwise_kernels_in_float32(workdir, shapes):
+    flags = ["--demo", *SMALL, "--data-dir", str(shapes)]
+    flags += ["--image-encoder", "mobilenetv3_small_050"]
     image = trainer.setup(parse(Config, flags), None).model.image
-    kinds: dict[bool, set] = {True: set(), False: set()}
+    dtypes: dict[bool, set] = {True: set(), False: set()}  # by whether a kernel is depthwise
     for module in image.modules():
         if isinstance(module, torch.nn.Conv2d):
-            depthwise = module.groups == module.in_channels
+            is_depthwise = module.groups == module.in_channels
             module.register_forward_hook(
-                lambda _, inputs, output, kind=kinds[depthwise]: kind.add(output.dtype)
+                lambda _, inputs, output, found=dtypes[is_depthwise]: found.add(output.dtype)
             )
     with torch.autocast("cpu", torch.bfloat16):
         image(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
-    assert kinds == {True: {torch.float32}, False: {torch.bfloat16}}
+    assert dtypes == {True: {torch.float32}, False: {torch.bfloat16}}
 
 
 # ---------------------------------------------------------------- the folder of a run
 
 
-def test_a_run_folder_holds_five_files(trained):
+def test_run_dir_contains_five_files(trained):
     assert names_in(trained) == FILES
 
 
-def test_the_demo_trains_as_many_epochs_as_it_is_told_one_row_each(trained):
+def test_metrics_csv_has_one_row_per_epoch(trained):
+    """--epochs replaces the demo's number of epochs."""
     table = pd.read_csv(trained / "metrics.csv")
     assert list(table.columns) == COLUMNS
     assert list(table["epoch"]) == [1, 2]
     assert table.notna().all(axis=None)
 
 
-def test_the_test_split_is_scored_under_the_same_names(trained):
+def test_test_json_has_the_same_metrics(trained):
     assert list(json.loads((trained / "test.json").read_text())) == METRICS
 
 
-def test_recalls_are_percentages_and_grow_with_k(trained):
-    rows = [
-        *pd.read_csv(trained / "metrics.csv").to_dict("records"),
-        json.loads((trained / "test.json").read_text()),
-    ]
+def test_recalls_are_percentages_that_grow_with_k(trained):
+    rows = pd.read_csv(trained / "metrics.csv").to_dict("records")
+    rows.append(json.loads((trained / "test.json").read_text()))
     for row in rows:
-        for way in ("t2i", "i2t"):
-            assert 0 <= row[f"{way}_r1"] <= row[f"{way}_r5"] <= row[f"{way}_r10"] <= 100
-            assert row[f"{way}_medr"] >= 1
-    assert max(row["t2i_r10"] for row in rows) > 1  # not shares of one
+        for direction in ("t2i", "i2t"):
+            recalls = [row[f"{direction}_r{k}"] for k in (1, 5, 10)]
+            assert 0 <= recalls[0] <= recalls[1] <= recalls[2] <= 100
+            assert row[f"{direction}_medr"] >= 1
+    assert max(row["t2i_r10"] for row in rows) > 1  # not fractions
 
 
-def test_the_curves_are_a_picture(trained):
-    with Image.open(trained / "curves.png") as picture:
-        picture.load()
-        assert picture.format == "PNG"
+def test_curves_png_is_an_image(trained):
+    with Image.open(trained / "curves.png") as image:
+        image.load()
+        assert image.format == "PNG"
 
 
 @pytest.mark.parametrize("split", ["dev", "test"])
-def test_the_best_weights_score_what_was_written_down(trained, shapes, split):
-    weights = load_checkpoint(trained / "best.pt")
-    model, part, device = load_clip(weights), read_splits(shapes)[split], torch.device("cpu")
-    scores = evaluate(
-        model.image, model.text, weights["tokenizer"], part, weights["config"], device
+def test_best_pt_scores_the_written_metrics(trained, shapes, split):
+    checkpoint = load_checkpoint(trained / "best.pt")
+    metrics = evaluate(
+        load_clip(checkpoint),
+        checkpoint.tokenizer,
+        read_splits(shapes)[split],
+        checkpoint.config,
+        torch.device("cpu"),
     )
     if split == "test":
         written = json.loads((trained / "test.json").read_text())
     else:
         table = pd.read_csv(trained / "metrics.csv")
         written = table.loc[table[RECALLS].sum(axis=1).idxmax(), METRICS].to_dict()
-    assert scores == pytest.approx(written)
+    assert metrics == pytest.approx(written)
 
 
-def test_the_best_weights_are_those_of_the_largest_sum_of_recalls_and_not_the_last(
-    workdir, shapes, monkeypatch
-):
+@pytest.mark.slow
+def test_best_pt_has_the_largest_sum_of_recalls(workdir, shapes, monkeypatch):
+    """It is not the last epoch, although the training loss falls in every epoch."""
     scales = []
 
     def validate(model, run, split):
         scales.append(model.logit_scale.detach().clone())
-        number = len(scales)
-        recalls = {1: 20.0, 2: 50.0, 3: 45.0}.get(number, 0.0)  # the loss falls all the while
-        return dict.fromkeys(METRICS, recalls) | {
-            "t2i_medr": 10.0 - number,
-            "i2t_medr": 10.0 - number,
-        }
+        epoch = len(scales)
+        recall = {1: 20.0, 2: 50.0, 3: 45.0}.get(epoch, 0.0)
+        median_ranks = {"t2i_medr": 10.0 - epoch, "i2t_medr": 10.0 - epoch}
+        return dict.fromkeys(METRICS, recall) | median_ranks
 
     monkeypatch.setattr(trainer, "validate", validate)
     main([*TINY, "--epochs", "3", "--data-dir", str(shapes)])
@@ -241,33 +249,26 @@ def test_the_best_weights_are_those_of_the_largest_sum_of_recalls_and_not_the_la
         ([1, 2, 3], 3),
     ],
 )
-def test_the_best_epoch_has_the_largest_sum_of_the_six_recalls_and_is_the_first_of_equals(
-    sums, best
-):
-    def row(number: int, total: int) -> dict[str, float]:
-        shares = dict(
-            zip(
-                RECALLS,
-                (0.3, 0.1, 0.1, 0.0, 0.2, 0.3) if number % 2 else (0.1, 0.3, 0.2, 0.3, 0.1, 0.0),
-            )
-        )
-        recalls = {name: round(total * share) for name, share in shares.items()}
+def test_best_epoch_is_the_first_with_the_largest_sum(sums, best):
+    """Of the six recalls; neither the loss, a single recall nor a median rank decides."""
+
+    def row(epoch: int, total: int) -> dict[str, float]:
+        fractions = (0.1, 0.3, 0.2, 0.3, 0.1, 0.0)
+        if epoch % 2:
+            fractions = (0.3, 0.1, 0.1, 0.0, 0.2, 0.3)
+        recalls = {name: round(total * part) for name, part in zip(RECALLS, fractions)}
         recalls["t2i_r1"] += total - sum(recalls.values())
-        return {
-            "epoch": number,
-            "train_loss": 9.0 - number,
-            **recalls,
-            "t2i_medr": 99 - total,
-            "i2t_medr": total,
-        }
+        median_ranks = {"t2i_medr": 99 - total, "i2t_medr": total}
+        return {"epoch": epoch, "train_loss": 9.0 - epoch, **recalls, **median_ranks}
 
     assert len(RECALLS) == 6
-    assert best_epoch([row(number, total) for number, total in enumerate(sums, start=1)]) == best
+    assert best_epoch([row(epoch, total) for epoch, total in enumerate(sums, start=1)]) == best
 
 
 # ---------------------------------------------------------------- resuming
 
-UNEVEN = [*TINY, "--epochs", "3", "--dropout", "0.3", "--drop-path", "0.3", "--augment"]
+# Flags of a run with every source of randomness: dropout, stochastic depth, augmentation.
+RANDOM = [*TINY, "--epochs", "3", "--dropout", "0.3", "--drop-path", "0.3", "--augment"]
 STOPPED_BY_SIGTERM = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
@@ -283,55 +284,57 @@ trainer.main()
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Path:
-    """The folder of a run of three epochs, with dropout, blocks that are skipped, and augmentation."""
-    folder = tmp_path_factory.mktemp("unbroken")
-    done = script("trainer.py", *UNEVEN, "--data-dir", str(shapes), cwd=folder)
-    assert done.returncode == 0, done.stderr
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Path:
+    """The folder of a run of three epochs with the flags `RANDOM`."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    result = script("trainer.py", *RANDOM, "--data-dir", str(shapes), cwd=folder)
+    assert result.returncode == 0, result.stderr
     return folder / "runs" / "demo"
 
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> subprocess.CompletedProcess:
-    """The same run, with two workers, to which SIGTERM came in the midst of its second epoch."""
+    """The same run with two DataLoader workers, stopped by SIGTERM in its second epoch."""
     folder = tmp_path_factory.mktemp("stopped")
     (folder / "stopped.py").write_text(STOPPED_BY_SIGTERM.format(root=str(ROOT), step=STEPS + 3))
-    flags = [*UNEVEN, "--num-workers", "2", "--data-dir", str(shapes)]
-    done = script(str(folder / "stopped.py"), *flags, cwd=folder)
-    done.folder = folder
-    return done
+    flags = [*RANDOM, "--num-workers", "2", "--data-dir", str(shapes)]
+    result = script(str(folder / "stopped.py"), *flags, cwd=folder)
+    result.folder = folder
+    return result
 
 
-def test_sigterm_ends_a_run_with_one_line_that_says_how_to_go_on(stopped):
+@pytest.mark.slow
+def test_sigterm_stops_a_run_with_the_resume_command(stopped):
     assert stopped.returncode not in (0, -signal.SIGTERM)
     assert "Traceback" not in stopped.stderr
     assert "python trainer.py --resume runs/demo/last.pt" in stopped.stderr.splitlines()[-1]
     assert list(curve(stopped.folder / "runs" / "demo")["epoch"]) == ["1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(
-    unbroken, stopped, workdir, shapes, workers
-):
+def test_resumed_run_equals_an_uninterrupted_run(uninterrupted, stopped, workdir, shapes, workers):
+    """Bit for bit, with any number of DataLoader workers."""
     shutil.copytree(stopped.folder / "runs", workdir / "runs")
     flags = ["--num-workers", str(workers), "--data-dir", str(shapes)]
-    done = script("trainer.py", "--resume", "runs/demo/last.pt", *flags, cwd=workdir)
-    assert done.returncode == 0, done.stderr
+    result = script("trainer.py", "--resume", "runs/demo/last.pt", *flags, cwd=workdir)
+    assert result.returncode == 0, result.stderr
     resumed = workdir / "runs" / "demo"
-    for weights in ("last.pt", "best.pt"):
-        assert_same_tensors(resumed / weights, unbroken / weights)
-    pd.testing.assert_frame_equal(curve(resumed), curve(unbroken))
+    for checkpoint in ("last.pt", "best.pt"):
+        assert_same_tensors(resumed / checkpoint, uninterrupted / checkpoint)
+    pd.testing.assert_frame_equal(curve(resumed), curve(uninterrupted))
     assert len(curve(resumed)) == 3
-    assert (resumed / "test.json").read_text() == (unbroken / "test.json").read_text()
+    assert (resumed / "test.json").read_text() == (uninterrupted / "test.json").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, STEPS + 2])
-def test_resume_alone_takes_everything_from_the_file_its_run_folder_included(
-    trained, workdir, shapes, monkeypatch, step
-):
+def test_resume_needs_no_other_flag(trained, workdir, shapes, monkeypatch, step):
+    """All settings come from the checkpoint, including the run's folder."""
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "contrastive_loss", at_step(step, KeyboardInterrupt()))
-        assert "runs/mine/last.pt" in error_message(*TINY, "--name", "mine", "--data-dir", shapes)
+        message = error_message(main, *TINY, "--name", "mine", "--data-dir", shapes)
+    assert "runs/mine/last.pt" in message
     main(["--resume", "runs/mine/last.pt"])
     assert names_in(workdir / "runs") == ["mine"]
     assert names_in(workdir / "runs/mine") == FILES
@@ -339,20 +342,18 @@ def test_resume_alone_takes_everything_from_the_file_its_run_folder_included(
     pd.testing.assert_frame_equal(curve(workdir / "runs/mine"), curve(trained))
 
 
-def test_last_pt_is_there_before_the_first_step_with_everything_to_go_on(
-    workdir, shapes, monkeypatch
-):
+def test_last_pt_is_complete_before_the_first_step(workdir, shapes, monkeypatch):
     monkeypatch.setattr(trainer, "contrastive_loss", at_step(1, KeyboardInterrupt()))
-    error_message(*TINY, "--data-dir", shapes)
-    last = load_checkpoint("runs/demo/last.pt")
-    assert {"optimizer", "schedule", "scaler", "history"} <= last.keys()
-    assert last["history"] == []
+    error_message(main, *TINY, "--data-dir", shapes)
+    content = torch.load("runs/demo/last.pt", weights_only=True)
+    assert {"optimizer", "schedule", "scaler", "history"} <= content.keys()
+    assert load_checkpoint("runs/demo/last.pt").training.history == []
     assert names_in(workdir / "runs/demo") == ["last.pt", "metrics.csv"]
     assert (workdir / "runs/demo/metrics.csv").read_text().strip() == ",".join(COLUMNS)
 
 
 @pytest.mark.parametrize(
-    ("flags", "asked", "saved"),
+    ("flags", "given", "saved"),
     [
         (["--epochs", "5"], "--epochs 5", "2"),
         (["--batch-size", "4"], "--batch-size 4", "8"),
@@ -363,367 +364,373 @@ def test_last_pt_is_there_before_the_first_step_with_everything_to_go_on(
         (["--augment"], "--augment True", "False"),
     ],
 )
-def test_a_flag_that_contradicts_the_resumed_run_is_refused_with_both_values(
-    trained, workdir, flags, asked, saved
-):
-    message = error_message("--resume", trained / "last.pt", *flags)
-    assert f"{asked}:" in message
+def test_resume_rejects_a_contradicting_flag(trained, workdir, flags, given, saved):
+    """The error contains both values."""
+    message = error_message(main, "--resume", trained / "last.pt", *flags)
+    assert f"{given}:" in message
     assert f" {saved};" in message
     assert names_in(workdir) == []
 
 
-def test_a_resumed_run_may_have_other_data_folder_device_and_workers(
-    trained, workdir, shapes, capsys
-):
+def test_resume_accepts_other_data_dir_device_and_workers(trained, workdir, shapes, capsys):
     shutil.copytree(trained, workdir / "runs/demo")
     moved = shutil.copytree(shapes, workdir / "moved")
     flags = ["--data-dir", "moved", "--device", "cpu", "--num-workers", "1", "--epochs", "2"]
     main(["--resume", "runs/demo/last.pt", *flags])
-    printed = capsys.readouterr().out
-    assert "data_dir='moved'" in printed
-    assert "num_workers=1" in printed
+    stdout = capsys.readouterr().out
+    assert "data_dir='moved'" in stdout
+    assert "num_workers=1" in stdout
     assert moved.is_dir()
     assert (workdir / "runs/demo/test.json").read_text() == (trained / "test.json").read_text()
 
 
-def test_a_run_begun_without_a_scaler_goes_on_with_one(stopped, workdir, shapes, monkeypatch):
+@pytest.mark.slow
+def test_resume_starts_a_new_grad_scaler(stopped, workdir, shapes, monkeypatch):
+    """A run that needed no gradient scaler resumes on a device that needs one."""
     shutil.copytree(stopped.folder / "runs", workdir / "runs")
-    made, original = [], torch.amp.GradScaler
-    monkeypatch.setattr(
-        torch.amp, "GradScaler", lambda device, enabled: made.append(original(device)) or made[0]
-    )
+    original = torch.amp.GradScaler
+    scalers = []
+
+    def enabled_scaler(device, enabled):
+        scalers.append(original(device))
+        return scalers[0]
+
+    monkeypatch.setattr(torch.amp, "GradScaler", enabled_scaler)
     main(["--resume", "runs/demo/last.pt", "--data-dir", str(shapes)])
     assert len(curve(workdir / "runs/demo")) == 3
-    assert load_checkpoint("runs/demo/last.pt")["scaler"] == made[0].state_dict()
+    training = load_checkpoint("runs/demo/last.pt").training
+    assert training.scaler == scalers[0].state_dict()
 
 
-def test_best_pt_is_not_to_be_resumed_from(trained, workdir):
-    message = error_message("--resume", trained / "best.pt")
+def test_resume_rejects_best_pt(trained, workdir):
+    message = error_message(main, "--resume", trained / "best.pt")
     assert "best.pt" in message
     assert "last.pt" in message
 
 
-@pytest.mark.parametrize("content", [None, b"", b"no weights"])
-def test_a_file_to_resume_that_is_absent_or_none_of_ours_is_named(workdir, content):
+@pytest.mark.parametrize("content", [None, b"", b"no weights"], ids=["absent", "empty", "text"])
+def test_resume_rejects_a_file_that_is_no_checkpoint(workdir, content):
     if content is not None:
         Path("mine.pt").write_bytes(content)
-    assert "mine.pt" in error_message("--resume", "mine.pt")
+    assert "mine.pt" in error_message(main, "--resume", "mine.pt")
 
 
-def test_a_run_is_resumed_with_its_whole_folder(trained, workdir, shapes):
+def test_resume_requires_best_pt(trained, workdir, shapes):
+    """A run is resumed with its whole folder."""
     shutil.copytree(trained, workdir / "runs/demo")
     Path("runs/demo/best.pt").unlink()
-    assert "best.pt" in error_message("--resume", "runs/demo/last.pt", "--data-dir", shapes)
+    message = error_message(main, "--resume", "runs/demo/last.pt", "--data-dir", shapes)
+    assert "best.pt" in message
 
 
 @pytest.mark.parametrize(
     "flags", [["--name", "mine"], ["--demo", "--name", "mine"], ["--name", "demo"]]
 )
-def test_a_run_that_can_go_on_is_never_overwritten(workdir, shapes, flags):
+def test_training_never_overwrites_another_run(workdir, shapes, flags):
     last = workdir / "runs" / flags[-1] / "last.pt"
     last.parent.mkdir(parents=True)
     last.write_bytes(b"precious")
-    message = error_message(*flags, "--no-pretrained", "--data-dir", shapes, *SMALL)
+    message = error_message(main, *flags, "--no-pretrained", "--data-dir", shapes, *SMALL)
     assert "--resume" in message
     assert "--name" in message
     assert last.read_bytes() == b"precious"
 
 
-def test_the_demo_starts_over_in_its_own_folder(workdir, shapes, monkeypatch):
-    folder = workdir / "runs/demo"
-    folder.mkdir(parents=True)
+def test_demo_replaces_an_earlier_demo(workdir, shapes, monkeypatch):
+    run_dir = workdir / "runs/demo"
+    run_dir.mkdir(parents=True)
     for name in FILES:
-        (folder / name).write_bytes(b"of an earlier demo")
+        (run_dir / name).write_bytes(b"of an earlier demo")
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "contrastive_loss", at_step(1, KeyboardInterrupt()))
-        error_message(*TINY, "--data-dir", shapes)
-    assert b"of an earlier demo" not in {path.read_bytes() for path in folder.iterdir()}
+        error_message(main, *TINY, "--data-dir", shapes)
+    assert b"of an earlier demo" not in {path.read_bytes() for path in run_dir.iterdir()}
 
 
-# ---------------------------------------------------------------- seeds, own data, pretrained folders
+# ---------------------------------------------------------------- seeds, data, pretrained encoders
 
 
-def test_the_same_seed_gives_the_same_run_and_another_seed_another(trained, workdir, shapes):
+@pytest.mark.slow
+def test_seed_determines_the_run(trained, workdir, shapes):
+    """The same seed gives the same curve, and another seed gives another one."""
     main([*TINY, "--data-dir", str(shapes)])
     pd.testing.assert_frame_equal(curve(workdir / "runs/demo"), curve(trained))
     main([*TINY, "--data-dir", str(shapes), "--seed", "1"])
-    assert set(curve(workdir / "runs/demo")["train_loss"]).isdisjoint(curve(trained)["train_loss"])
+    losses = set(curve(workdir / "runs/demo")["train_loss"])
+    assert losses.isdisjoint(curve(trained)["train_loss"])
 
 
-def test_pictures_with_any_names_and_any_number_of_captions_can_be_trained_on(workdir, shapes):
-    pictures = sorted((shapes / "Images").iterdir())[:30]
+def test_training_accepts_any_names_and_caption_counts(workdir, shapes):
     rows = []
-    for number, picture in enumerate(pictures):
-        name = f"holiday 2019/Zoë, no. {number}.PNG" if number % 2 else f"{number}.a.png"
-        target = workdir / "my pictures/Images" / name
+    for index, path in enumerate(sorted((shapes / "Images").iterdir())[:30]):
+        name = f"holiday 2019/Zoë, no. {index}.PNG" if index % 2 else f"{index}.a.png"
+        target = workdir / "my images/Images" / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(picture, target)
-        rows += [(name, f'picture {number}, "seen" {time} times') for time in range(1 + number % 4)]
-    pd.DataFrame(rows, columns=["image", "caption"]).to_csv("my pictures/captions.txt", index=False)
-    tiny = ["--no-pretrained", "--image-encoder", "test_resnet", "--text-encoder", "distilbert"]
-    main(
-        [
-            *tiny,
-            "--text-layers",
-            "1",
-            "--text-width",
-            "64",
-            "--data-dir",
-            "my pictures",
-            "--name",
-            "mine",
-            *SMALL,
-        ]
-    )
+        shutil.copy(path, target)
+        for time in range(1 + index % 4):
+            rows.append((name, f'image {index}, "seen" {time} times'))
+    table = pd.DataFrame(rows, columns=["image", "caption"])
+    table.to_csv("my images/captions.txt", index=False)
+    flags = ["--no-pretrained", "--image-encoder", "test_resnet", "--text-encoder", "distilbert"]
+    flags += ["--text-layers", "1", "--text-width", "64"]
+    main([*flags, "--data-dir", "my images", "--name", "mine", *SMALL])
     assert names_in(workdir / "runs/mine") == FILES
 
 
 @pytest.fixture(scope="module")
-def backbones(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Iterator[list[str]]:
-    """The flags for a pretrained pair of encoders: a timm folder and a transformers folder, both tiny."""
-    folder = tmp_path_factory.mktemp("backbones")
+def backbones(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> dict[str, Path]:
+    """The folders of two small pretrained encoders: "image" from timm, "text" from transformers."""
+    root = tmp_path_factory.mktemp("backbones")
+    folders = {"image": root / "image", "text": root / "text"}
     torch.manual_seed(1)
     image = timm.create_model("test_resnet", num_classes=10)
     for module in image.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.uniform_(-0.1, 0.1)
             module.running_var.uniform_(0.5, 2.0)
-    timm.models.save_for_hf(image, folder / "image", safe_serialization=True)
-    captions = [
-        caption for captions in read_splits(shapes)["train"].captions for caption in captions
-    ]
-    plain = build_wordpiece_tokenizer(captions, 64)
-    special = {
-        "unk_token": "[UNK]",
-        "pad_token": "[PAD]",
-        "cls_token": "[CLS]",
-        "sep_token": "[SEP]",
-    }
-    PreTrainedTokenizerFast(tokenizer_object=plain, **special).save_pretrained(folder / "text")
-    sizes = {
-        "dim": 32,
-        "hidden_dim": 64,
-        "n_layers": 1,
-        "n_heads": 2,
-        "vocab_size": plain.get_vocab_size(),
-    }
-    DistilBertModel(DistilBertConfig(**sizes)).save_pretrained(folder / "text")
-    return [
-        "--image-encoder",
-        f"local-dir:{folder / 'image'}",
-        "--text-encoder",
-        str(folder / "text"),
-    ]
+    timm.models.save_for_hf(image, folders["image"], safe_serialization=True)
+
+    tokenizer = build_wordpiece_tokenizer(read_splits(shapes)["train"].texts, 64)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+    ).save_pretrained(folders["text"])
+    text_config = DistilBertConfig(
+        dim=32, hidden_dim=64, n_layers=1, n_heads=2, vocab_size=tokenizer.get_vocab_size()
+    )
+    DistilBertModel(text_config).save_pretrained(folders["text"])
+    return folders
 
 
-def compared(weights: Path, backbones: list[str], part: str) -> dict[str, bool]:
-    """For each tensor of the pretrained encoder whether the weights hold it unchanged."""
-    from safetensors.torch import load_file
+@pytest.fixture(scope="module")
+def pretrained_flags(backbones: dict[str, Path]) -> list[str]:
+    """The flags of a run that starts from the encoders of `backbones`."""
+    flags = ["--image-encoder", f"local-dir:{backbones['image']}"]
+    return [*flags, "--text-encoder", str(backbones["text"])]
 
-    folder = Path(backbones[1 if part == "image" else 3].removeprefix("local-dir:"))
-    now, before = tensors(weights), load_file(folder / "model.safetensors")
+
+def unchanged_tensors(checkpoint: Path, backbones: dict[str, Path], part: str) -> dict[str, bool]:
+    """For each tensor of an encoder whether the checkpoint has it as its pretrained folder does."""
+    before = load_file(backbones[part] / "model.safetensors")
     prefix = f"{part}.encoder.model."
-    held = {
-        name.removeprefix(prefix): value for name, value in now.items() if name.startswith(prefix)
-    }
-    assert held
-    return {name: torch.equal(value, before[name]) for name, value in held.items()}
+    unchanged = {}
+    for name, value in tensors(checkpoint).items():
+        if name.startswith(prefix):
+            name = name.removeprefix(prefix)
+            unchanged[name] = torch.equal(value, before[name])
+    assert unchanged
+    return unchanged
 
 
-def test_training_moves_both_pretrained_encoders_but_not_batch_norm_statistics(
-    workdir, shapes, backbones
-):
-    whole = ["--freeze-image-encoder", "0", "--freeze-text-encoder", "0"]
-    main([*backbones, *whole, "--data-dir", str(shapes), *SMALL])
-    image = compared(workdir / "runs/clip/best.pt", backbones, "image")
+def test_training_updates_encoders_but_not_bn_stats(workdir, shapes, backbones, pretrained_flags):
+    """Pretrained encoders: all parameters change and the batch-norm statistics do not."""
+    flags = ["--freeze-image-encoder", "0", "--freeze-text-encoder", "0"]
+    main([*pretrained_flags, *flags, "--data-dir", str(shapes), *SMALL])
+    best = workdir / "runs/clip/best.pt"
+    image = unchanged_tensors(best, backbones, "image")
     statistics = {name for name in image if "running_" in name or "num_batches_tracked" in name}
     assert {"running_mean", "running_var"} <= {name.rpartition(".")[2] for name in statistics}
     assert {name for name, unchanged in image.items() if unchanged} == statistics
-    text = compared(workdir / "runs/clip/best.pt", backbones, "text")
-    moved = [name for name, unchanged in text.items() if not unchanged]
-    assert any("attention" in name for name in moved)
-    assert any("word_embeddings" in name for name in moved)
+    text = unchanged_tensors(best, backbones, "text")
+    changed = [name for name, unchanged in text.items() if not unchanged]
+    assert any("attention" in name for name in changed)
+    assert any("word_embeddings" in name for name in changed)
 
 
-@pytest.mark.parametrize("still", ["image", "text"])
-def test_an_encoder_whose_rate_is_nought_stays_as_its_folder_has_it(
-    workdir, shapes, backbones, still
+@pytest.mark.parametrize("constant", ["image", "text"])
+def test_zero_lr_keeps_a_pretrained_encoder_unchanged(
+    workdir, shapes, backbones, pretrained_flags, constant
 ):
-    main([*backbones, f"--{still}-lr", "0", "--data-dir", str(shapes), *SMALL])
+    main([*pretrained_flags, f"--{constant}-lr", "0", "--data-dir", str(shapes), *SMALL])
     for part in ("image", "text"):
-        unchanged = compared(workdir / "runs/clip/best.pt", backbones, part).values()
-        assert all(unchanged) == (part == still)
+        unchanged = unchanged_tensors(workdir / "runs/clip/best.pt", backbones, part).values()
+        assert all(unchanged) == (part == constant)
 
 
-def test_batch_norm_statistics_move_when_training_from_scratch(trained):
-    weights = tensors(trained / "last.pt")
-    means = [value for name, value in weights.items() if name.endswith("running_mean")]
+def test_training_from_scratch_updates_bn_stats(trained):
+    state = tensors(trained / "last.pt")
+    means = [value for name, value in state.items() if name.endswith("running_mean")]
     assert means
     assert all(mean.abs().max() > 0 for mean in means)
 
 
-# ---------------------------------------------------------------- rates
+# ---------------------------------------------------------------- learning rates
 
 
-def test_heads_and_encoders_have_rates_of_their_own_and_only_matrices_decay(trained):
+def test_param_groups_set_lr_and_weight_decay(trained):
+    """Encoders and heads have their own learning rates; only matrices decay."""
     model = load_clip(load_checkpoint(trained / "best.pt"))
     frozen = next(model.text.encoder.parameters()).requires_grad_(False)
-    rates = {"image": 0.1, "text": 0.2, "head": 0.3}
     config = Config(image_lr=0.1, text_lr=0.2, head_lr=0.3, weight_decay=0.4)
-    groups = param_groups(model, config)
-    found = [
-        (id(p), group["lr"], group["weight_decay"]) for group in groups for p in group["params"]
-    ]
+    found = []
+    for group in param_groups(model, config):
+        for parameter in group["params"]:
+            found.append((id(parameter), group["lr"], group["weight_decay"]))
 
-    parts = {"image": model.image.encoder, "text": model.text.encoder}
-    expected = [
-        (id(p), rates[part], 0.4 if p.ndim > 1 else 0.0)
-        for part, encoder in parts.items()
-        for p in encoder.parameters()
-        if p is not frozen
-    ]
     heads = [*model.image.head.parameters(), *model.text.head.parameters(), model.logit_scale]
-    expected += [(id(p), 0.3, 0.4 if p.ndim > 1 else 0.0) for p in heads]
+    parts = [
+        (model.image.encoder.parameters(), 0.1),
+        (model.text.encoder.parameters(), 0.2),
+        (heads, 0.3),
+    ]
+    expected = []
+    for parameters, lr in parts:
+        for parameter in parameters:
+            if parameter is not frozen:
+                expected.append((id(parameter), lr, 0.4 if parameter.ndim > 1 else 0.0))
     assert sorted(found) == sorted(expected)
+
+
+def test_param_groups_use_encoder_lr_for_its_own_head():
+    """timm's ConvNeXt has a module `head` of its own, which is not the projection head."""
+    config = replace(CONFIG, image_encoder="convnext_atto", image_lr=0.1, text_lr=0.2, head_lr=0.3)
+    model, _ = build(config)
+    lr_of = {}
+    for group in param_groups(model, config):
+        lr_of |= {id(parameter): group["lr"] for parameter in group["params"]}
+    encoder_lrs = {
+        name: lr_of[id(parameter)] for name, parameter in model.image.encoder.named_parameters()
+    }
+    assert "model.head.norm.weight" in encoder_lrs
+    assert set(encoder_lrs.values()) == {0.1}
+    assert {lr_of[id(parameter)] for parameter in model.image.head.parameters()} == {0.3}
 
 
 @pytest.mark.parametrize(
     ("steps", "warmup"), [(100, 0.1), (100, 0.0), (37, 0.5), (5, 1.0), (1, 0.1)]
 )
-def test_rates_rise_in_a_line_to_their_peak_and_fall_to_nought(steps, warmup):
+def test_warmup_then_cosine_rises_linearly_and_falls_to_zero(steps, warmup):
     factor = warmup_then_cosine(steps, warmup)
-    rising = max(1, round(steps * warmup))
+    warmup_steps = max(1, round(steps * warmup))
     factors = [factor(step) for step in range(steps + 1)]
-    assert factors[:rising] == pytest.approx([(step + 1) / rising for step in range(rising)])
-    falling = factors[rising:]
+    rising = [(step + 1) / warmup_steps for step in range(warmup_steps)]
+    assert factors[:warmup_steps] == pytest.approx(rising)
+    falling = factors[warmup_steps:]
     assert falling == sorted(falling, reverse=True)
-    assert factors[max(rising, steps)] == pytest.approx(0 if rising < steps else 1)
+    assert factors[max(warmup_steps, steps)] == pytest.approx(0 if warmup_steps < steps else 1)
     assert all(0 <= value <= 1 for value in factors)
 
 
-def test_halfway_down_the_cosine_a_rate_is_half_its_peak():
+def test_warmup_then_cosine_is_half_in_the_middle_of_the_decay():
     assert warmup_then_cosine(100, 0.2)(60) == pytest.approx(0.5)
 
 
-# ---------------------------------------------------------------- how a run stops
+# ---------------------------------------------------------------- errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("step", "value"), [(2, "nan"), (STEPS + 3, "inf")])
-def test_a_loss_that_is_no_number_stops_the_run_and_leaves_the_state_before(
+def test_reduce_losses_stops_at_a_loss_that_is_not_finite(
     trained, workdir, shapes, monkeypatch, step, value
 ):
+    """`last.pt` stays that of the epoch before, from which the run can be resumed."""
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "contrastive_loss", at_step(step, float(value)))
-        assert f"step {step}:" in error_message(*TINY, "--data-dir", shapes)
-    assert len(load_checkpoint("runs/demo/last.pt")["history"]) == step // STEPS
+        assert f"step {step}:" in error_message(main, *TINY, "--data-dir", shapes)
+    assert len(load_checkpoint("runs/demo/last.pt").training.history) == step // STEPS
     main(["--resume", "runs/demo/last.pt"])
     assert_same_tensors(workdir / "runs/demo/last.pt", trained / "last.pt")
 
 
-def test_a_training_split_smaller_than_a_batch_names_the_flag(workdir, shapes):
-    message = error_message(*TINY, "--batch-size", "49", "--data-dir", shapes)
+def test_load_splits_rejects_fewer_images_than_a_batch(workdir, shapes):
+    message = error_message(main, *TINY, "--batch-size", "49", "--data-dir", shapes)
     assert "--batch-size 49" in message
     assert "48" in message
     assert names_in(workdir) == []
 
 
 @pytest.mark.parametrize("flags", [["--demo"], ["--no-pretrained"], ["--demo", "--no-pretrained"]])
-def test_a_data_folder_that_was_given_and_is_absent_is_an_error_and_nothing_is_created(
-    workdir, flags
-):
-    message = error_message(*flags, "--data-dir", "data/flickr8", *SMALL)
+def test_check_data_dir_rejects_an_absent_folder(workdir, flags):
+    """Nothing is created for it."""
+    message = error_message(main, *flags, "--data-dir", "data/flickr8", *SMALL)
     assert "data/flickr8" in message
     assert names_in(workdir) == []
 
 
-@pytest.mark.parametrize("flag", ["--image-encoder", "--text-encoder"])
-def test_pretrained_weights_that_cannot_be_fetched_stop_before_data_is_read(
-    workdir, backbones, flag, capsys
+@pytest.mark.parametrize(
+    ("flag", "name"),
+    [
+        ("--image-encoder", "hf-hub:nobody/no-such-model"),
+        ("--text-encoder", "nobody/no-such-model"),
+    ],
+)
+def test_unavailable_encoder_stops_before_data_is_read(
+    workdir, pretrained_flags, flag, name, capsys
 ):
-    absent = {
-        "--image-encoder": "hf-hub:nobody/no-such-model",
-        "--text-encoder": "nobody/no-such-model",
-    }[flag]
-    message = error_message(*backbones, flag, absent, *SMALL)
-    for words in (absent, "folder", "--no-pretrained", "--demo"):
-        assert words in message.replace("FOLDER", "folder")
+    message = error_message(main, *pretrained_flags, flag, name, *SMALL)
+    for text in (name, "folder", "--no-pretrained", "--demo"):
+        assert text in message.replace("FOLDER", "folder")
     assert "data:" not in capsys.readouterr().out
     assert names_in(workdir) == []
 
 
 @pytest.fixture
 def own_shapes(workdir: Path, shapes: Path) -> Path:
-    """A copy of the shapes that may be spoilt."""
+    """A copy of the shapes that a test may damage."""
     return shutil.copytree(shapes, workdir / "own")
 
 
 @pytest.mark.parametrize("split", ["train", "dev", "test"])
-def test_a_picture_without_a_sound_header_stops_training_before_the_first_step(
-    workdir, own_shapes, split
-):
-    picture = read_splits(own_shapes)[split].paths[-1]
-    picture.write_bytes(b"not a picture" * 20)
-    assert str(picture.relative_to(workdir)) in error_message(*TINY, "--data-dir", "own")
+def test_load_splits_rejects_an_image_with_a_broken_header(workdir, own_shapes, split):
+    """Before the first step: the run has no folder yet."""
+    path = read_splits(own_shapes)[split].paths[-1]
+    path.write_bytes(b"not an image" * 20)
+    assert str(path.relative_to(workdir)) in error_message(main, *TINY, "--data-dir", "own")
     assert names_in(workdir) == ["own"]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_truncated_picture_stops_training_when_it_is_read(workdir, own_shapes, workers):
-    picture = read_splits(own_shapes)["train"].paths[20]
-    whole = picture.read_bytes()
-    picture.write_bytes(whole[: len(whole) // 2])
-    message = error_message(*TINY, "--num-workers", workers, "--data-dir", "own")
-    assert str(picture.relative_to(workdir)) in message
+def test_truncated_image_stops_training_with_its_path(workdir, own_shapes, workers):
+    """Its header is intact, so that it is found when it is loaded."""
+    path = read_splits(own_shapes)["train"].paths[20]
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    message = error_message(main, *TINY, "--num-workers", workers, "--data-dir", "own")
+    assert str(path.relative_to(workdir)) in message
     assert "Traceback" not in message
 
 
 # ---------------------------------------------------------------- frozen encoders
 
 
-@pytest.mark.parametrize("which", ["image", "text"])
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_the_frozen_share_of_an_encoder_stays_as_its_folder_has_it(
-    workdir, shapes, backbones, which, share
+@pytest.mark.parametrize("frozen_part", ["image", "text"])
+@pytest.mark.parametrize("fraction", [0.0, 0.5, 1.0])
+def test_freeze_keeps_the_fraction_nearest_to_the_input(
+    workdir, shapes, backbones, pretrained_flags, frozen_part, fraction
 ):
-    """Counted in tensors from the input; all the rest learns, but for batch-norm statistics."""
-    shares = {"image": 0.0, "text": 0.0} | {which: share}
-    flags = [
-        word for part, of_it in shares.items() for word in (f"--freeze-{part}-encoder", str(of_it))
-    ]
-    main([*backbones, *flags, "--data-dir", str(shapes), *SMALL])
-    for part, of_it in shares.items():
-        unchanged = compared(workdir / "runs/clip/best.pt", backbones, part)
-        encoder = getattr(
-            load_clip(load_checkpoint(workdir / "runs/clip/best.pt")), part
-        ).encoder.model
-        in_order = [name for name, _ in encoder.named_parameters()]
-        frozen = round(of_it * len(in_order))
-        assert all(unchanged[name] for name in in_order[:frozen])
-        assert not any(unchanged[name] for name in in_order[frozen:])
+    """Counted in tensors. All others are trained, except for batch-norm statistics."""
+    fractions = {"image": 0.0, "text": 0.0} | {frozen_part: fraction}
+    flags = ["--freeze-image-encoder", str(fractions["image"])]
+    flags += ["--freeze-text-encoder", str(fractions["text"])]
+    main([*pretrained_flags, *flags, "--data-dir", str(shapes), *SMALL])
+    best = workdir / "runs/clip/best.pt"
+    model = load_clip(load_checkpoint(best))
+    for part, part_fraction in fractions.items():
+        unchanged = unchanged_tensors(best, backbones, part)
+        encoder = getattr(model, part).encoder.model
+        names = [name for name, _ in encoder.named_parameters()]  # from the input to the output
+        num_frozen = round(part_fraction * len(names))
+        assert all(unchanged[name] for name in names[:num_frozen])
+        assert not any(unchanged[name] for name in names[num_frozen:])
         assert all(unchanged[name] for name, _ in encoder.named_buffers() if name in unchanged)
 
 
-def test_an_encoder_from_scratch_learns_whole(workdir, shapes):
-    main(
-        [
-            *TINY,
-            "--data-dir",
-            str(shapes),
-            "--freeze-image-encoder",
-            "1",
-            "--freeze-text-encoder",
-            "1",
-        ]
-    )
-    first, last = weights_before(workdir, shapes), tensors(workdir / "runs/demo/last.pt")
-    still = {name for name in first if torch.equal(first[name], last[name])}
-    assert not [name for name in still if ".encoder.model." in name and name.endswith("weight")]
+@pytest.mark.slow
+def test_setup_freezes_nothing_from_scratch(workdir, shapes):
+    flags = ["--freeze-image-encoder", "1", "--freeze-text-encoder", "1"]
+    main([*TINY, "--data-dir", str(shapes), *flags])
+    before = tensors_before_training(workdir, shapes)
+    after = tensors(workdir / "runs/demo/last.pt")
+    unchanged = {name for name in before if torch.equal(before[name], after[name])}
+    assert not [name for name in unchanged if ".encoder.model." in name and name.endswith("weight")]
 
 
-def weights_before(workdir: Path, shapes: Path) -> dict[str, Tensor]:
-    """The weights before the first step of the same run."""
-    at_once = at_step(1, KeyboardInterrupt())
-    with pytest.MonkeyPatch.context() as patched, pytest.raises(SystemExit):
-        patched.setattr(trainer, "contrastive_loss", at_once)
+def tensors_before_training(workdir: Path, shapes: Path) -> dict[str, Tensor]:
+    """The model of the same run before its first step."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(trainer, "contrastive_loss", at_step(1, KeyboardInterrupt()))
         main([*TINY, "--data-dir", str(shapes), "--name", "first"])
     return tensors(workdir / "runs/first/last.pt")
