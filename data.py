@@ -5,38 +5,405 @@ splits = read_splits("data/flickr8k")
 splits["train"].captions[0]  # all captions of the image splits["train"].paths[0]
 """
 
+import base64
+import bisect
+import codecs
 import csv
+import difflib
+import functools
 import hashlib
 import io
 import itertools
+import json
+import logging
 import math
 import os
+import posixpath
 import re
 import shutil
+import unicodedata
 import urllib.request
 import warnings
 import zipfile
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any, BinaryIO
+from functools import cached_property, partial
+from pathlib import Path, PureWindowsPath
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageDraw
+from PIL import ExifTags, Image, ImageDraw, PngImagePlugin
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from config import DEMO_DEFAULTS, WORKER, Config, UserError, progress
+from config import DEMO_DEFAULTS, WORKER, Config, UserError, check, progress, short
 
 SPLITS = ("train", "dev", "test")
 ARCHIVES = ("Flickr8k_Dataset.zip", "Flickr8k_text.zip")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-MAX_MISSING = 0.01  # fraction of the captions whose image may be missing
+MAX_MISSING = 0.01  # fraction of the captions whose image may be missing, and of broken rows
 TEXT_BUCKETS = 4  # on the CPU a batch's captions are padded in this number of groups
+
+
+# ---------------------------------------------------------------- caption files
+
+IMAGE_COLUMNS = ("image", "image_name", "filename", "filepath", "file_name", "file_path", "path")
+CAPTION_COLUMNS = ("caption", "title", "comment", "text", "sentence", "raw")
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}  # of a table's columns
+# The names of files that may be caption files. Flickr8k's lemmas are not captions.
+CAPTION_FILE = re.compile(
+    r"(?!.*\.lemma\.)"
+    r"(.*\.(csv|tsv|token)|.*(caption|token|result|label|text).*\.txt|dataset.*\.json)$",
+    re.IGNORECASE,
+)
+TOKEN_LINE = re.compile(r"[^\t]+#\d+\t")
+KARPATHY_SPLITS = {"train": "train", "restval": "train", "val": "dev", "test": "test"}
+
+
+class CaptionRow(NamedTuple):
+    """One caption of a caption file."""
+
+    source: str  # file and row, for error messages
+    image: str  # as the file names it
+    caption: str
+    split: str = ""  # if the caption file defines the splits
+
+
+CaptionReader = Callable[[Path], Iterator[CaptionRow | UserError]]  # an error for a broken row
+
+
+def _read_text(path: Path) -> str:
+    """The text of a UTF-8 file, with or without a byte-order mark, or of a UTF-16 file with one."""
+    try:
+        content = path.read_bytes()
+        is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        return content.decode("utf-16" if is_utf16 else "utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        row = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}, row {row}: not UTF-8; save the file as UTF-8") from None
+
+
+def _find_reader(path: Path) -> CaptionReader | UserError:
+    """The function that reads a caption file, by its name and first line, or what is wrong."""
+    if path.suffix.lower() == ".json":
+        return _read_karpathy
+    try:
+        with path.open("rb") as file:
+            head = file.read(2**16)
+    except OSError as error:
+        return UserError(f"{path}: {error.strerror}")
+    is_utf16 = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    lines = head.decode("utf-16" if is_utf16 else "utf-8-sig", errors="replace").splitlines()
+    header = next((line for line in lines if line.strip()), "")
+    if path.name.lower() == "flickr8k.token.txt" or TOKEN_LINE.match(header):
+        return _read_token_file
+    _, columns = _parse_header(header)
+    if set(columns) & set(IMAGE_COLUMNS) and set(columns) & set(CAPTION_COLUMNS):
+        return _read_table
+    return UserError(
+        f"{path}, row 1: columns {columns}, but 'image' and 'caption' are needed, "
+        f"or others of {', '.join((*IMAGE_COLUMNS[1:], *CAPTION_COLUMNS[1:]))}"
+    )
+
+
+def _read_token_file(path: Path) -> Iterator[CaptionRow | UserError]:
+    """Rows of `name.jpg#0<TAB>caption`, the format of Flickr8k's own archives."""
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        source = f"{path}, row {number}"
+        name, tab, caption = line.partition("\t")
+        if tab:
+            image = name.rpartition("#")[0].strip() or name.strip()
+            yield CaptionRow(source, image, caption)
+        elif line.strip():
+            yield UserError(f"{source}: no tab between the image and its caption")
+
+
+def _parse_header(line: str) -> tuple[str, list[str]]:
+    """The separator of a table, by its first line, and its columns in lower case."""
+    headers = []
+    for separator in SEPARATORS:
+        cells = next(csv.reader([line], delimiter=separator, skipinitialspace=True), [])
+        columns = [re.sub(r"[\s-]+", "_", cell.strip().lower()) for cell in cells]
+        is_known = [column in (*IMAGE_COLUMNS, *CAPTION_COLUMNS) for column in columns]
+        headers.append((sum(is_known), len(columns), separator, columns))
+    *_, separator, columns = max(headers, key=lambda header: header[:2])
+    while len(columns) > 1 and not columns[-1]:  # an empty column from a spreadsheet
+        columns.pop()
+    return separator, columns
+
+
+def _find_column(path: Path, columns: list[str], names: tuple[str, ...]) -> int:
+    """The index of the column with the first of `names`, or else with another of them."""
+    found = [column for column in columns if column in names]
+    if len(set(found)) < len(found) or (len(found) > 1 and names[0] not in found):
+        raise UserError(f"{path}, row 1: columns {found} could all be the {names[0]}; keep one")
+    return columns.index(names[0] if names[0] in found else found[0])
+
+
+def _read_table(path: Path) -> Iterator[CaptionRow | UserError]:
+    """Rows of a table with a column of images and one of captions; others are ignored.
+
+    Not pandas: all cells are text, so that "None", "NA" and "007" stay captions.
+    """
+    text = _read_text(path)
+    separator, columns = _parse_header(next(line for line in text.splitlines() if line.strip()))
+    image = _find_column(path, columns, IMAGE_COLUMNS)
+    caption = _find_column(path, columns, CAPTION_COLUMNS)
+    file_name = str(path)
+    rows = _csv_rows(text, separator)
+    number, header = next(rows)
+    if isinstance(header, csv.Error):
+        raise UserError(f"{file_name}, row {number}: {header}")
+    for number, cells in rows:
+        source = f"{file_name}, row {number}"
+        if isinstance(cells, csv.Error):
+            yield UserError(f"{source}: {cells}")
+            continue
+        while len(cells) > len(columns) and not cells[-1].strip():
+            cells.pop()  # empty columns from a spreadsheet
+        if len(cells) == len(columns):
+            yield CaptionRow(source, cells[image].strip(), cells[caption])
+            continue
+        reason = f"{len(cells)} cells under {len(columns)} columns"
+        if len(cells) > len(columns):
+            reason += f"; quote captions that contain {SEPARATORS[separator]}"
+        yield UserError(f"{source}: {reason}")
+
+
+def _csv_rows(text: str, separator: str) -> Iterator[tuple[int, list[str] | csv.Error]]:
+    """The rows of a table that are not blank, by the number of their first line.
+
+    Yields an error for each line of a row that is not CSV. A quotation mark that is never closed
+    takes all lines after it with it.
+    """
+    csv.field_size_limit(2**31 - 1)
+    # Flickr30k's table has a space after each bar, and captions that begin with a quotation mark.
+    skip_space = separator != "|"
+    file = io.StringIO(text, newline="")
+    reader = csv.reader(file, delimiter=separator, skipinitialspace=skip_space, strict=True)
+    while True:
+        number = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield from [(number, error)] * (reader.line_num + 1 - number)
+            continue
+        if "".join(cells).strip():
+            yield number, cells
+
+
+def _read_karpathy(path: Path) -> Iterator[CaptionRow]:
+    """Rows of `dataset_*.json`, the captions and splits of Flickr8k, Flickr30k and COCO.
+
+    By Karpathy and Fei-Fei (arXiv 1412.2306); the field trains on "restval" too.
+    """
+    number = 0
+    try:
+        for number, image in enumerate(json.loads(_read_text(path))["images"]):
+            source = f"{path}, image {number}"
+            name = posixpath.join(image.get("filepath", ""), image["filename"])
+            split = KARPATHY_SPLITS.get(image.get("split"), "")
+            for sentence in image["sentences"]:
+                yield CaptionRow(source, name, str(sentence["raw"]), split)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"{path}, image {number}: 'images' need 'filename' and 'sentences' ({reason})"
+        ) from None
+
+
+# ---------------------------------------------------------------- layout
+
+IMAGE_DIRS = (
+    "flicker8k_dataset",
+    "flickr8k_dataset",
+    "images",
+    "flickr30k_images",
+    "flickr8k_images",
+)
+EXPECTED_LAYOUT = (
+    "expected are Flickr8k.token.txt, captions.txt, results.csv or another caption file, "
+    "and images in Flicker8k_Dataset/, Images/, another folder or beside it"
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What `find_layout` finds in a data folder."""
+
+    folder: Path
+    files: list[str]  # all files below the folder, see `list_files`
+    captions_file: Path
+    read: CaptionReader
+    image_dir: Path  # the names of images are relative to it
+
+
+def find_layout(data_dir: str | Path) -> Layout:
+    """Finds the captions and the images of a folder; it may also be given as its caption file.
+
+    The caption file is a table, a token file or a `dataset_*.json`, in the folder or one below. The
+    images are in a folder with a name of `IMAGE_DIRS`, in the only folder that contains any, or
+    else anywhere below the caption file's folder. Names may be in any case.
+
+    Raises `UserError` if there is no such folder or file, or if several fit.
+    """
+    folder = Path(data_dir)
+    if not folder.exists():
+        raise UserError(f"--data-dir {data_dir}: no such folder")
+    if folder.is_file():
+        captions_file, read = folder, _find_reader(folder)
+        folder = folder.parent
+        files, _ = list_files(folder)
+    else:
+        files, _ = list_files(folder)
+        captions_file, read = _find_captions(folder, files)
+    if isinstance(read, UserError):
+        raise read
+    return Layout(folder, files, captions_file, read, _find_image_dir(folder, files, captions_file))
+
+
+def _find_captions(folder: Path, files: list[str]) -> tuple[Path, CaptionReader | UserError]:
+    """The caption file, and its reader or what is wrong with it; see `find_layout`."""
+    unfit: list[tuple[Path, UserError]] = []
+    for depth in (0, 1):
+        names = [name for name in files if name.count("/") == depth]
+        paths = [folder / name for name in names if CAPTION_FILE.match(posixpath.basename(name))]
+        readers = [(path, _find_reader(path)) for path in sorted(paths) if path.is_file()]
+        unfit += [(path, reader) for path, reader in readers if isinstance(reader, UserError)]
+        fitting = [(path, reader) for path, reader in readers if callable(reader)]
+        if len(fitting) > 1:
+            listed = ", ".join(str(path) for path, _ in fitting)
+            raise UserError(
+                f"{folder}: several caption files fit; pass one as --data-dir: {listed}"
+            )
+        if fitting:
+            return fitting[0]
+    # Say what is wrong with the file that is named like a caption file, or with the only table.
+    unfit = [(path, error) for path, error in unfit if "caption" in path.name.lower()] or unfit
+    if len(unfit) == 1:
+        return unfit[0]
+    raise UserError(f"{folder}: contains no caption file; {EXPECTED_LAYOUT}")
+
+
+def _find_image_dir(folder: Path, files: list[str], captions_file: Path) -> Path:
+    """The folder of the images; see `find_layout`."""
+    for base in dict.fromkeys((captions_file.parent, folder)):
+        prefix = _prefix(base, folder)
+        names = [name.removeprefix(prefix) for name in files if name.startswith(prefix)]
+        dirs = {name.partition("/")[0] for name in names if "/" in name}
+        known = sorted(name for name in dirs if name.lower() in IMAGE_DIRS)
+        if len(known) > 1:
+            listed = ", ".join(str(base / name) for name in known)
+            raise UserError(f"{folder}: several folders of images fit; keep one of them: {listed}")
+        with_images = {
+            name.rpartition("/")[0].partition("/")[0] for name in names if is_image(name)
+        }
+        if known or len(with_images) == 1:
+            return base / (known or list(with_images))[0]
+        if with_images:
+            return base
+    raise UserError(f"{folder}: contains no image; {EXPECTED_LAYOUT}")
+
+
+def _prefix(path: Path, folder: Path) -> str:
+    """How the names of the files below `path` begin in a listing of `folder`."""
+    return "" if path == folder else path.relative_to(folder).as_posix() + "/"
+
+
+class ImageNames:
+    """Finds the files that a caption file or a split list names.
+
+    It looks them up in the listing of a layout, so that no name leads out of the data folder.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.files = set(layout.files)
+        self.prefix = _prefix(layout.image_dir, layout.folder)
+        captions_prefix = _prefix(layout.captions_file.parent, layout.folder)
+        self.prefixes = list(dict.fromkeys((self.prefix, captions_prefix, "")))
+        cut = len(self.prefix)
+        self.in_image_dir = {name[cut:] for name in layout.files if name.startswith(self.prefix)}
+
+    def find(self, name: str, source: str = "") -> str | None:
+        """The image that is meant, as a path relative to the image folder; None if there is none.
+
+        `name` is a path relative to the image folder, the caption file or the data folder, the end
+        of such a path, or an absolute path. Case, backslashes and Unicode form do not matter. For
+        a row of a caption file, `source`, the suffix may be missing too, and `UserError` is raised
+        if several files fit or if the path leads out of the data folder.
+        """
+        if name in self.in_image_dir:
+            return name
+        path = name.replace("\\", "/")
+        is_absolute = path.startswith("/") or PureWindowsPath(path).drive != ""
+        relative = (
+            self._inside(path) if is_absolute else [prefix + path for prefix in self.prefixes]
+        )
+        paths = [posixpath.normpath(path) for path in (self.prefix + name, *relative)]
+        for path in paths:
+            if path in self.files:
+                return self._relative(path)
+        for index in self._loose_names if source else self._loose_names[:1]:
+            for fitting in filter(None, (index.get(_loose(path)) for path in paths)):
+                if len(fitting) > 1 and source:
+                    listed = ", ".join(sorted(fitting)[:3])
+                    raise UserError(f"{source}: {name!r} could be any of {listed}")
+                return self._relative(fitting[0])
+        if source and (is_absolute or ".." in path.split("/")):
+            image_dir = self.layout.image_dir
+            raise UserError(f"{source}: {name!r} is not the name of a file in {image_dir}")
+        # The listing passes over hidden folders and the like.
+        return name if os.path.lexists(self.layout.image_dir / name) else None
+
+    def nearest(self, name: str) -> str:
+        """A hint at the image with the nearest name; empty if no name is near."""
+        names = sorted(self.in_image_dir)
+        place = bisect.bisect(names, name)
+        near = names[max(0, place - 2000) : place + 2000]  # comparing takes 0.1 ms each
+        close = difflib.get_close_matches(name, near, n=1)
+        return f" (the nearest name is {close[0]})" if close else ""
+
+    def _inside(self, path: str) -> list[str]:
+        """An absolute path relative to the data folder; empty if it is outside."""
+        folder, image_dir = self.layout.folder, self.layout.image_dir
+        roots = [(os.path.abspath(folder), ""), (os.path.realpath(folder), "")]
+        for root, prefix in (*roots, (os.path.realpath(image_dir), self.prefix)):
+            root = root.replace("\\", "/").rstrip("/") + "/"
+            if path.startswith(root):
+                return [prefix + path.removeprefix(root)]
+        return []
+
+    def _relative(self, path: str) -> str:
+        """A path in the listing relative to the image folder, in rare cases with ".."."""
+        return posixpath.relpath(path, self.prefix or ".")
+
+    @cached_property
+    def _loose_names(self) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+        """The files by every end of their path as `_loose` spells it, and by those less suffix."""
+        by_name, by_stem = defaultdict(list), defaultdict(list)
+        for file in self.files:
+            parts = _loose(file).split("/")
+            if parts[-1].startswith("."):  # hidden
+                continue
+            for start in range(len(parts)):
+                end = "/".join(parts[start:])
+                by_name[end].append(file)
+                if is_image(file):
+                    by_stem[posixpath.splitext(end)[0]].append(file)
+        return dict(by_name), dict(by_stem)
+
+
+def _loose(path: str) -> str:
+    """One spelling of all that differ in case or Unicode form: macOS decomposes letters."""
+    return unicodedata.normalize("NFC", path).casefold()
 
 
 # ---------------------------------------------------------------- splits
@@ -55,38 +422,28 @@ class Split:
         return list(itertools.chain.from_iterable(self.captions))
 
 
-@dataclass(frozen=True)
-class CaptionRow:
-    """One row of a caption file."""
-
-    source: str  # file and row, for error messages
-    image: str  # name relative to the image folder
-    caption: str
-
-
 def read_splits(data_dir: str | Path) -> dict[str, Split]:
     """Reads the images and captions of a folder, and prints what was read and what was left out.
 
-    Supported are the layout of Flickr8k's archives (`Flicker8k_Dataset/`, `Flickr8k.token.txt`,
-    with the text files in the folder or in `Flickr8k_text/`) and Kaggle's (`Images/`,
-    `captions.txt`). The lists `Flickr_8k.{train,dev,test}Images.txt` define the splits in both.
+    See `find_layout` for the supported folders, and `ImageNames` for the names of images. The
+    splits are those of a `dataset_*.json`, or of the lists `Flickr_8k.{train,dev,test}Images.txt`.
     Without them a tenth of the images, at most 1,000, is held out for dev, and as many for test.
 
     Returns the splits "train", "dev" and "test". Raises `UserError` with file and row for what
     cannot be read, an image in two splits, an empty split, and more than 1 % of the captions
-    without their image.
+    without their image or of the rows broken.
     """
-    folder = Path(data_dir)
-    if not folder.is_dir():
-        raise UserError(f"--data-dir {data_dir}: no such folder")
-    image_dir, captions_file, rows = _find_layout(folder)
-    captions = _captions_by_image(rows, image_dir, captions_file)
-    lists = _read_split_lists(captions_file.parent) or _hash_split(sorted(captions))
+    layout = find_layout(data_dir)
+    folder, image_dir = layout.folder, layout.image_dir
+    names = ImageNames(layout)
+    captions, lists = _captions_by_image(layout, names)
+    for list_dir in (layout.captions_file.parent, folder):
+        lists = lists or _read_split_lists(list_dir, names)
+    lists = lists or _hash_split(sorted(captions))
 
     # Say what is left out.
     unlisted = captions.keys() - set().union(*lists.values())
-    files = {path.relative_to(image_dir).as_posix() for path in list_images(image_dir)}
-    uncaptioned = files - captions.keys()
+    uncaptioned = {name for name in names.in_image_dir if is_image(name)} - captions.keys()
     if unlisted or uncaptioned:
         print(
             f"data: left out {len(unlisted)} images in no split list "
@@ -96,125 +453,89 @@ def read_splits(data_dir: str | Path) -> dict[str, Split]:
     # Build the splits, sorted by name.
     splits = {}
     for split, listed in lists.items():
-        names = sorted(listed & captions.keys())
-        if not names:
+        in_split = sorted(listed & captions.keys())
+        if not in_split:
             raise UserError(f"{folder}: the {split} split has no image in {image_dir}")
-        paths = [image_dir / name for name in names]
-        splits[split] = Split(paths, [captions[name] for name in names])
+        paths = [image_dir / name for name in in_split]
+        splits[split] = Split(paths, [captions[name] for name in in_split])
     sizes = ", ".join(f"{split} {len(part.paths):,}" for split, part in splits.items())
     num_captions = sum(len(texts) for texts in captions.values())
     print(f"data: {folder}, {len(captions):,} images, {num_captions:,} captions; {sizes}")
     return splits
 
 
-def _find_layout(folder: Path) -> tuple[Path, Path, Iterator[CaptionRow]]:
-    """The folder of images, the caption file, and its rows."""
-    image_dir = folder / "Flicker8k_Dataset"
-    for text_dir in (folder, folder / "Flickr8k_text"):
-        token_file = text_dir / "Flickr8k.token.txt"
-        if token_file.is_file() and image_dir.is_dir():
-            return image_dir, token_file, _read_token_file(token_file)
-    table = folder / "captions.txt"
-    if table.is_file() and (folder / "Images").is_dir():
-        return folder / "Images", table, _read_csv(table)
-    raise UserError(
-        f"{folder}: contains neither Flicker8k_Dataset/ with Flickr8k.token.txt "
-        "nor Images/ with captions.txt"
-    )
-
-
 def _captions_by_image(
-    rows: Iterable[CaptionRow], image_dir: Path, captions_file: Path
-) -> dict[str, list[str]]:
-    """The captions of each image that exists, by the image's name relative to `image_dir`.
+    layout: Layout, names: ImageNames
+) -> tuple[dict[str, list[str]], dict[str, set[str]]]:
+    """The captions of each image, and the images of each split if the caption file defines them.
 
-    Flickr8k itself has five captions of an image that is not in its archive.
+    Images are named as in `ImageNames.find`. Flickr8k itself has five captions of an image that is
+    not in its archive.
     """
     captions: dict[str, list[str]] = {}
-    for row in rows:
-        path = Path(row.image)
-        if not row.image or path.is_absolute() or ".." in path.parts:
-            raise UserError(f"{row.source}: {row.image!r} is not the name of a file in {image_dir}")
-        caption = " ".join(row.caption.split())
-        if caption:
-            captions.setdefault(path.as_posix(), []).append(caption)
+    lists: dict[str, set[str]] = {}
+    found: dict[str, str | None] = {}  # by the name in the caption file
+    missing: list[str] = []
+    broken: list[UserError] = []
+    for row in layout.read(layout.captions_file):
+        if isinstance(row, UserError):
+            broken.append(row)
+            continue
+        if not row.image:
+            broken.append(UserError(f"{row.source}: '' is not the name of an image"))
+            continue
+        if row.image not in found:
+            found[row.image] = names.find(row.image, row.source)
+            if row.split and not found[row.image]:  # Karpathy names the folders of COCO's archives
+                found[row.image] = names.find(posixpath.basename(row.image), row.source)
+        name, caption = found[row.image], " ".join(row.caption.split())
+        if caption and name:
+            captions.setdefault(name, []).append(caption)
+        elif caption:
+            missing.append(row.image)
+        if name and row.split:
+            lists.setdefault(row.split, set()).add(name)
 
     num_captions = sum(len(texts) for texts in captions.values())
-    missing = [name for name in captions if not os.path.lexists(image_dir / name)]
+    if broken:
+        _leave_out(len(broken), num_captions + len(missing), "rows are broken", str(broken[0]))
     if missing:
-        num_missing = sum(len(captions.pop(name)) for name in missing)
-        message = (
-            f"{captions_file}: {num_missing:,} of {num_captions:,} captions have no image "
-            f"in {image_dir}: {missing[0]}"
-        )
-        if num_missing > MAX_MISSING * num_captions:
-            raise UserError(f"{message}, ...; at most {MAX_MISSING:.0%} may be missing")
-        print(f"data: left out, {message}")
-    return captions
+        example = f"{missing[0]}{names.nearest(missing[0])}"
+        reason = f"captions have no image in {layout.image_dir}"
+        _leave_out(len(missing), num_captions, reason, f"{layout.captions_file}: {example}")
+    if lists:
+        _check_disjoint(lists, dict.fromkeys(SPLITS, layout.captions_file))
+        lists = {split: lists.get(split, set()) for split in SPLITS}
+    return captions, lists
 
 
-def _read_text(path: Path) -> str:
-    """The text of a UTF-8 file, with or without a byte-order mark."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        row = error.object[: error.start].count(b"\n") + 1
-        raise UserError(f"{path}, row {row}: not UTF-8; save the file as UTF-8") from None
+def _leave_out(count: int, others: int, reason: str, example: str) -> None:
+    """Prints what is left out; raises `UserError` if it is more than `MAX_MISSING` of all."""
+    message = f"{count:,} of {count + others:,} {reason}: {example}"
+    if count > MAX_MISSING * (count + others):
+        raise UserError(f"{message}, ...; at most {MAX_MISSING:.0%} may be missing or broken")
+    print(f"data: left out, {message}")
 
 
-def _read_token_file(path: Path) -> Iterator[CaptionRow]:
-    """Rows of `name.jpg#0<TAB>caption`, the format of Flickr8k's own archives."""
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        source = f"{path}, row {number}"
-        name, tab, caption = line.partition("\t")
-        if tab:
-            image = name.rpartition("#")[0].strip() or name.strip()
-            yield CaptionRow(source, image, caption)
-        elif line.strip():
-            raise UserError(f"{source}: no tab between the image and its caption")
-
-
-def _read_csv(path: Path) -> Iterator[CaptionRow]:
-    """Rows of a CSV file with the columns `image` and `caption`.
-
-    Not pandas: all cells are text, so that "None", "NA" and "007" stay captions.
-    """
-    csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
-    try:
-        columns = [column.strip().lower() for column in next(reader, [])]
-        if not {"image", "caption"} <= set(columns):
-            raise csv.Error(f"columns {columns}, but 'image' and 'caption' are needed")
-        for cells in reader:
-            if not any(cell.strip() for cell in cells):
-                continue
-            if len(cells) != len(columns):
-                raise csv.Error(
-                    f"{len(cells)} cells under {len(columns)} columns; "
-                    "quote captions that contain commas"
-                )
-            row = dict(zip(columns, cells))
-            yield CaptionRow(f"{path}, row {reader.line_num}", row["image"].strip(), row["caption"])
-    except csv.Error as error:
-        raise UserError(f"{path}, row {max(1, reader.line_num)}: {error}") from None
-
-
-def _read_split_lists(folder: Path) -> dict[str, set[str]]:
+def _read_split_lists(folder: Path, names: ImageNames) -> dict[str, set[str]]:
     """The image names of each split's list file; empty if none of the three files exists."""
     files = {split: folder / f"Flickr_8k.{split}Images.txt" for split in SPLITS}
     if not any(file.exists() for file in files.values()):
         return {}
-    names = {}
+    lists = {}
     for split, file in files.items():
-        lines = (line.strip() for line in _read_text(file).splitlines())
-        names[split] = {Path(line).as_posix() for line in lines if line}
-    for one, other in itertools.combinations(SPLITS, 2):
-        both = names[one] & names[other]
+        lines = [line.strip() for line in _read_text(file).splitlines() if line.strip()]
+        found = {line: names.find(line) or Path(line).as_posix() for line in lines}
+        lists[split] = set(found.values())
+    _check_disjoint(lists, files)
+    return lists
+
+
+def _check_disjoint(lists: dict[str, set[str]], files: dict[str, Path]) -> None:
+    for one, other in itertools.combinations(lists, 2):
+        both = lists[one] & lists[other]
         if both:
             raise UserError(f"{files[other]}: {min(both)} is in the {one} split too")
-    return names
 
 
 def _hash_split(names: list[str]) -> dict[str, set[str]]:
@@ -236,10 +557,13 @@ def _hash_split(names: list[str]) -> dict[str, set[str]]:
 
 
 def check_data_dir(config: Config) -> None:
-    """Raises `UserError` if the data folder is absent and `prepare_data_dir` cannot make it."""
+    """Raises `UserError` for a data folder in no known layout, and for an absent one.
+
+    The folders that `prepare_data_dir` makes may be absent.
+    """
     can_be_made = config.data_dir in (Config.data_dir, DEMO_DEFAULTS["data_dir"])
-    if not can_be_made and not Path(config.data_dir).exists():
-        raise UserError(f"--data-dir {config.data_dir}: no such folder")
+    if Path(config.data_dir).exists() or not can_be_made:
+        find_layout(config.data_dir)
 
 
 def prepare_data_dir(config: Config) -> None:
@@ -387,6 +711,19 @@ def _render_scene(scene: Scene, rng: np.random.Generator) -> Image.Image:
 
 # ---------------------------------------------------------------- images
 
+# Pillow's raster formats. Never read are documents, containers of other files, and PostScript and
+# the like, for which Pillow starts programs. TGA has no signature and comes last.
+IMAGE_FORMATS = (
+    *("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF", "JPEG2000", "MPO", "PPM", "PSD"),
+    *("ICO", "ICNS", "CUR", "DIB", "DDS", "BLP", "DCX", "PCX", "FITS", "FLI", "FTEX", "GBR", "IM"),
+    *("MSP", "PCD", "PIXAR", "QOI", "SGI", "SUN", "XBM", "XPM", "TGA"),
+)
+HEIF_SUFFIXES = {".heic", ".heics", ".heif", ".heifs", ".hif"}
+HEIF_ADVICE = "HEIF images are read after: pip install pillow-heif"
+SKIPPED_DIRS = {"@eadir", "__macosx", "thumbnails", "thumbs", "thumb", "$recycle.bin", "#recycle"}
+DECODING = 2  # to be increased when `load_image` changes the pixels of some images
+MIN_REDUCED_SIDE = 256  # of a JPEG that is decoded smaller, so that Flickr8k's (500 px) never are
+ImageSource = str | Path | Image.Image  # an image file, or an image of Pillow
 # Pillow's operation that undoes each EXIF orientation from 2 to 8.
 UNDO_ORIENTATION = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -399,39 +736,152 @@ UNDO_ORIENTATION = {
 }
 
 
+def list_files(folder: Path) -> tuple[list[str], list[str]]:
+    """All files below a folder, relative to it with "/" between names, and errors of folders.
+
+    Links to folders are followed, but no folder is listed twice. Hidden folders, thumbnails and
+    what systems keep beside images (`SKIPPED_DIRS`) are passed over.
+    """
+    files: list[str] = []
+    errors: list[str] = []
+    folders, links = [""], []  # folders before links, so that files get their own paths
+    seen = set()
+    while folders or links:
+        parent = folders.pop() if folders else links.pop()
+        path = os.path.join(folder, parent)
+        try:
+            status = os.stat(path)
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(path) as entries:
+                for entry in entries:
+                    name = parent + entry.name
+                    if not _is_dir(entry):
+                        files.append(name)
+                    elif not entry.name.startswith(".") and entry.name.lower() not in SKIPPED_DIRS:
+                        (links if entry.is_symlink() else folders).append(f"{name}/")
+        except OSError as error:
+            errors.append(f"{path}: {error.strerror}")
+    return files, errors
+
+
+def _is_dir(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # such as a link to itself
+        return False
+
+
+def is_image(name: str) -> bool:
+    """Whether a file is named like an image that can be read here and is not hidden."""
+    base = name.rpartition("/")[2]
+    stem, _, suffix = base.rpartition(".")
+    return (
+        stem != "" and not stem.startswith(".") and f".{suffix.lower()}" in _readable_formats()[1]
+    )
+
+
 def list_images(folder: Path) -> list[Path]:
-    """All files in `folder` and its subfolders that are named like an image, sorted."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    """All images below a folder (see `list_files`), sorted. Prints what is left out."""
+    if not folder.is_dir():
+        return []
+    names, errors = list_files(folder)
+    others = Counter()
+    for name in names:
+        base = name.rpartition("/")[2]
+        if not is_image(base) and not base.startswith("."):
+            others[posixpath.splitext(base)[1].lower() or "without suffix"] += 1
+    if others:
+        counts = ", ".join(f"{count:,} {suffix}" for suffix, count in others.most_common(10))
+        more = ", ..." if len(others) > 10 else ""
+        heif = f" ({HEIF_ADVICE})" if HEIF_SUFFIXES & set(others) else ""
+        print(f"images: left out {others.total():,} files: {counts}{more}{heif}")
+    if errors:
+        print(f"images: left out {len(errors):,} folders that cannot be read: {errors[0]}")
+    return sorted(folder / name for name in names if is_image(name))
+
+
+@functools.cache
+def _readable_formats() -> tuple[tuple[str, ...], frozenset[str]]:
+    """The `IMAGE_FORMATS` that Pillow can open here, and the suffixes of their files."""
+    with suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # some hold long texts
+    logging.getLogger("PIL").addHandler(logging.NullHandler())  # else it writes to the screen
+    extensions = Image.registered_extensions().items()  # loads all of Pillow's plugins
+    suffixes = frozenset(suffix for suffix, name in extensions if name in IMAGE_FORMATS)
+    return tuple(name for name in IMAGE_FORMATS if name in Image.OPEN), suffixes
 
 
 @contextmanager
-def open_image(path: Path) -> Iterator[Image.Image]:
-    """Pillow's image with only its header read. Raises `UserError` for what is no image."""
+def open_image(path: ImageSource) -> Iterator[Image.Image]:
+    """Pillow's image with only its header read; an image of Pillow is returned unchanged.
+
+    Raises `UserError` for what is no image and for any error of a decoder in the block.
+    """
+    if isinstance(path, Image.Image):
+        yield path
+        return
+    path = Path(path)
+    formats, _ = _readable_formats()
     try:
         if not path.is_file():  # opening a named pipe would block
             raise OSError("it is not a file")
-        with Image.open(path) as image:
-            yield image
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: cannot be read as an image: {error}") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=formats) as image:
+                yield image
+    except Image.DecompressionBombError:
+        limit = f"{2 * Image.MAX_IMAGE_PIXELS:,}"
+        raise UserError(f"{path}: has more than {limit} pixels; save it with fewer") from None
+    except Exception as error:  # a damaged file makes a decoder raise anything
+        reason = str(error) or type(error).__name__
+        if path.suffix.lower() in HEIF_SUFFIXES - _readable_formats()[1]:
+            reason = HEIF_ADVICE
+        raise UserError(f"{path}: cannot be read as an image: {reason}") from None
 
 
-def load_image(path: Path) -> np.ndarray:
-    """The image as RGB, (H, W, 3) `uint8`: upright, transparency over white, 16 bits scaled to 8.
+def load_image(path: ImageSource, min_side: int = 0) -> np.ndarray:
+    """The image as RGB, (H, W, 3) `uint8`: upright, transparency over white, 8 bits per channel.
+
+    With `min_side`, the pixels that its shorter side is needed with, a large JPEG is decoded at
+    1/2, 1/4 or 1/8 of its size, whichever is the smallest that leaves twice that side.
 
     Raises `UserError` for a file that cannot be read as an image.
     """
     with open_image(path) as image:
+        if min_side:
+            side = max(2 * min_side, MIN_REDUCED_SIDE)
+            image.draft(None, (side, side))  # of JPEG files; does nothing to others
         # Not ImageOps.exif_transpose, which fails if another part of the EXIF block is damaged.
         orientation = image.getexif().get(ExifTags.Base.Orientation)
         if orientation in UNDO_ORIENTATION:
             image = image.transpose(UNDO_ORIENTATION[orientation])
-        if image.mode.startswith("I"):  # 16 bits, which Pillow's conversion would clip to white
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+        if image.mode.startswith(("I", "F")):  # Pillow's conversion would clip to white
+            image = Image.fromarray(_scale_to_uint8(np.asarray(image)))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return np.array(image.convert("RGB"))
+
+
+def _scale_to_uint8(values: np.ndarray) -> np.ndarray:
+    """Gray values (H, W) of 16 bits, 32 bits or floats as `uint8`.
+
+    Integers have a nominal range of 0 to 65535, floats of 0 to 1 or 0 to 255. Values that lie far
+    outside of it, or all in its lowest sixteenth, such as 12 bits, are scaled by their own range.
+    """
+    finite = values[np.isfinite(values)].astype(np.float64)
+    low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
+    nominal = 65535.0 if values.dtype.kind in "iu" else 1.0 if high <= 1 else 255.0
+    is_nominal = low >= -nominal and nominal / 16 < high <= 2 * nominal
+    if is_nominal or low == high:
+        low, high = 0.0, nominal
+    values = np.nan_to_num(values.astype(np.float64), nan=low, posinf=high, neginf=low)
+    return ((values - low) / ((high - low) / 255)).clip(0, 255).astype(np.uint8)
 
 
 class Transform:
@@ -450,13 +900,17 @@ class Transform:
         cv2.setNumThreads(0)  # its threads do not survive the fork of a DataLoader worker
         # Area interpolation averages pixels when an image is made smaller, which avoids aliasing.
         self.resize = A.Resize(size, size, area_for_downscale="image")
+        area, ratio = 0.35, 1.25  # of the smallest crop and of the longest one
         crop = A.RandomResizedCrop(
-            (size, size), scale=(0.35, 1.0), ratio=(0.8, 1.25), area_for_downscale="image"
+            (size, size), scale=(area, 1.0), ratio=(1 / ratio, ratio), area_for_downscale="image"
         )
         jitter = A.ColorJitter(
             brightness=(0.7, 1.3), contrast=(0.7, 1.3), saturation=(0.7, 1.3), hue=(0, 0), p=0.8
         )
         self.augmentation = A.Compose([crop, jitter])
+        # The `min_side` of the images, for `load_image`.
+        self.min_side = size
+        self.augment_min_side = math.ceil(size / math.sqrt(area / ratio))
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
         return self.resize(image=_square_crop(pixels, 0.5))["image"]
@@ -506,11 +960,12 @@ class ImageCaptionDataset(Dataset):
         rng = np.random.default_rng((self.seed, epoch, i))
         captions = self.split.captions[i]
         caption = captions[rng.integers(len(captions))]
-        pixels = load_image(self.split.paths[i])
+        path = self.split.paths[i]
         if self.augment:
+            pixels = load_image(path, self.transform.augment_min_side)
             pixels = self.transform.augment(pixels, caption, rng)
         else:
-            pixels = self.transform(pixels)
+            pixels = self.transform(load_image(path, self.transform.min_side))
         return {"pixels": pixels, "caption": caption}
 
 
@@ -551,6 +1006,80 @@ def stack_images(images: Iterable[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(list(images))).permute(0, 3, 1, 2)
 
 
+# What the tokenizer of a checkpoint may contain, as rules for `config.check`.
+TRUNCATION = {"max_length": range(4, 513), "strategy": {"LongestFirst"}, "stride": {0}}
+TRUNCATION |= {"direction": {"Left", "Right"}}
+PADDING = {"strategy": {"BatchLongest"}, "pad_to_multiple_of": {None}, "pad_type_id": {0}}
+PADDING |= {"direction": {"Left", "Right"}, "pad_id": range(1_000_000), "pad_token": 100}
+TOKENIZER_PARTS = {  # components, none of which makes a text many times as long
+    "normalizer": "BertNormalizer Lowercase NFC NFD NFKC NFKD Nmt Precompiled Replace Strip "
+    "StripAccents",
+    "pre_tokenizer": "BertPreTokenizer ByteLevel Digits Metaspace Punctuation Whitespace "
+    "WhitespaceSplit",
+    "post_processor": "BertProcessing ByteLevel RobertaProcessing TemplateProcessing",
+    "model": "BPE Unigram WordLevel WordPiece",
+}
+REPLACED = ({"Regex": " {2,}"}, {"String": "``"}, {"String": "''"})  # by XLM-R and ALBERT
+
+
+def read_tokenizer(text: str) -> Tokenizer:
+    """A tokenizer of known components, with padding and truncation, from its JSON text.
+
+    Raises an exception if it is another one, or fails on an example.
+    """
+    parts = json.loads(text)
+    for part, rules in (("padding", PADDING), ("truncation", TRUNCATION)):
+        if not parts.get(part) or parts[part].keys() != rules.keys():
+            raise ValueError(f"its tokenizer has no {part}")
+        check(parts[part], rules, f"its {part}")
+    for part, known in TOKENIZER_PARTS.items():
+        _check_components(parts.get(part), known.split())
+    tokenizer = Tokenizer.from_str(json.dumps(parts))
+    examples = tokenizer.encode_batch(["a", "a large gr\u00fcn \u4e2d \U0001f600 " * 200])
+    lengths = {len(example.ids) for example in examples}
+    largest_id = max(max(example.ids) for example in examples)
+    if len(lengths) > 1 or max(lengths) > parts["truncation"]["max_length"]:
+        raise ValueError("its tokenizer does not pad and truncate")
+    if largest_id > max(tokenizer.get_vocab().values()) or parts["model"].get("dropout"):
+        raise ValueError("its tokenizer gives other ids than those of its vocabulary")
+    return tokenizer
+
+
+def _check_components(component: Any, known: list[str]) -> None:
+    """Raises an exception for components that are unknown, repeat, or make a text long."""
+    pending, kinds = [component] if component else [], []
+    while pending:
+        component = pending.pop()
+        kind = component["type"]
+        if kind == "Sequence":  # its components are its only list
+            pending += next(value for value in component.values() if type(value) is list)
+            continue
+        is_repeated = kind in kinds and kind != "Replace"
+        if kind not in known or is_repeated or len(kinds) > 10 or not _is_bounded(component):
+            raise ValueError(f"its tokenizer has {short(kind)}, which is not allowed")
+        kinds.append(kind)
+
+
+def _is_bounded(component: dict[str, Any]) -> bool:
+    """Whether a component replaces each letter by a few and adds a few tokens."""
+    if component["type"] == "Replace":
+        return component["pattern"] in REPLACED and len(component["content"]) <= 1
+    if component["type"] == "Precompiled":  # size of a trie, the trie, and what replaces letters
+        table = base64.b64decode(component["precompiled_charsmap"])
+        replacements = table[4 + int.from_bytes(table[:4], "little") :]
+        return max(map(len, replacements.split(b"\0"))) <= 64
+    if component["type"] == "TemplateProcessing":
+        added = [
+            piece["SpecialToken"]["id"]
+            for piece in component["single"]
+            if len(piece) == 1 and "SpecialToken" in piece
+        ]
+        tokens = component["special_tokens"]
+        has_ids = all(len(tokens[name]["ids"]) == 1 for name in added)
+        return has_ids and len(added) == len(component["single"]) - 1 <= 8
+    return True
+
+
 def tokenize(tokenizer: Tokenizer, texts: list[str]) -> tuple[Tensor, Tensor]:
     """Token ids and mask, both (B, T) `int64`; T is the length of the longest of these texts."""
     encodings = tokenizer.encode_batch(texts)
@@ -560,18 +1089,30 @@ def tokenize(tokenizer: Tokenizer, texts: list[str]) -> tuple[Tensor, Tensor]:
 
 
 def collate(items: list[dict[str, Any]], tokenizer: Tokenizer, bucket_size: int) -> dict[str, Any]:
-    """Items of `ImageCaptionDataset` as {"pixels": (B, 3, S, S), "texts": [(ids, mask), ...]}.
+    """Items of `ImageCaptionDataset` as a batch.
 
-    The pairs are sorted by caption length, and each bucket of captions is padded to its own longest
-    caption: padding the whole batch to one length would make half of its tokens padding. The loss
-    does not depend on the order of the pairs.
+    {"pixels": (B, 3, S, S), "texts": [(ids, mask), ...], "caption_ids": (B,)}. The pairs are sorted
+    by caption length, and each bucket of captions is padded to its own longest caption: padding the
+    whole batch to one length would make half of its tokens padding. The loss does not depend on the
+    order of the pairs. Equal captions, and no others, have equal ids.
     """
     items = sorted(items, key=lambda item: len(item["caption"]))
     captions = [item["caption"] for item in items]
     texts = []
     for start in range(0, len(captions), bucket_size):
         texts.append(tokenize(tokenizer, captions[start : start + bucket_size]))
-    return {"pixels": stack_images(item["pixels"] for item in items), "texts": texts}
+    return {
+        "pixels": stack_images(item["pixels"] for item in items),
+        "texts": texts,
+        "caption_ids": torch.tensor([_caption_id(caption) for caption in captions]),
+    }
+
+
+def _caption_id(caption: str) -> int:
+    """A hash of 64 bits, the same in all processes, which Python's own is not."""
+    text = " ".join(caption.split())
+    digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 def build_loader(
@@ -608,6 +1149,7 @@ def build_train_loader(
     world_size: int = 1,
 ) -> DataLoader:
     """The training batches of one process; call `batch_sampler.set_epoch` before each epoch."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns of each forked worker
     sampler = EpochBatchSampler(
         len(split.paths), config.batch_size, config.seed, rank=rank, world_size=world_size
     )
@@ -622,6 +1164,25 @@ def build_train_loader(
 
 
 # ---------------------------------------------------------------- files
+
+
+def remove_leftovers(folder: Path, pattern: str) -> None:
+    """Removes temporary files of `atomic_write` whose process was killed on this machine."""
+    for path in folder.glob(f"{pattern}.tmp"):
+        pid = path.suffixes[-2:][0].removeprefix(".")
+        if pid.isdigit() and not _is_running(int(pid)):
+            with suppress(OSError):
+                path.unlink()
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)  # sends no signal
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # it belongs to another user
+        return True
+    return True
 
 
 def atomic_write(path: Path, write: Callable[[BinaryIO], Any]) -> None:

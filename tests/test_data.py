@@ -3,9 +3,12 @@
 import csv
 import io
 import itertools
+import json
 import re
 import tempfile
 import threading
+import time
+import unicodedata
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -14,9 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import error_message
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import trainer
 from config import Config, UserError, parse
 from data import (
     ARCHIVES,
@@ -245,6 +250,298 @@ def test_read_splits_reads_back_any_token_file(captions: dict[str, list[str]]):
     assert found == with_single_spaces(captions)
 
 
+# ---------------------------------------------------------------- people's own caption files
+
+
+def own_layout(
+    folder: Path, table: str | bytes, name: str = "captions.csv", image_dir: str = "images"
+) -> Path:
+    """A caption file and the three images of `CAPTIONS` in a folder, with split lists."""
+    files = {name: table} | empty_images(image_dir, CAPTIONS) | split_lists(LISTS)
+    return write_files(folder, files)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["captions.txt", "Captions.CSV", "results.csv", "results_20130124.token", "my.token", "my.tsv"],
+)
+@pytest.mark.parametrize(
+    "image_dir", ["Images", "images", "IMAGES", "flickr30k_images", "my photos", "."]
+)
+def test_find_layout_accepts_any_usual_names(tmp_path: Path, name: str, image_dir: str):
+    """The images are in a folder with a usual name, in the only one, or beside the captions."""
+    folder = own_layout(tmp_path, TOKENS if "token" in name else TABLE, name, image_dir)
+    before = sorted(folder.rglob("*"))
+    assert captions_by_image(read_splits(folder)) == CAPTIONS
+    assert sorted(folder.rglob("*")) == before  # it may be read-only
+
+
+def test_find_layout_accepts_captions_one_folder_below(tmp_path: Path):
+    """As Kaggle mounts Flickr30k: flickr30k_images/results.csv and a folder of the same name."""
+    outer = write_files(tmp_path, {"prices.csv": "a,b\n"}) / "flickr30k_images"
+    own_layout(outer, TABLE, "results.csv", "flickr30k_images")
+    assert captions_by_image(read_splits(tmp_path)) == CAPTIONS
+    assert captions_by_image(read_splits(outer)) == CAPTIONS
+
+
+def test_find_layout_accepts_images_in_several_folders(tmp_path: Path):
+    names = ["cats/1.jpg", "dogs/1.jpg", "dogs/2.jpg"]
+    lists = {"train": names[:1], "dev": names[1:2], "test": names[2:]}
+    files = {"captions.csv": "path,text\n" + "".join(f"{name},{name}\n" for name in names)}
+    folder = write_files(tmp_path, files | empty_images(".", names) | split_lists(lists))
+    splits = read_splits(folder)
+    assert [splits[split].texts for split in SPLITS] == [[name] for name in names]
+    (folder / "captions.csv").write_text("path,text\n1.jpg,a cat\n")
+    message = user_error(read_splits, folder)
+    assert "captions.csv, row 2: '1.jpg' could be any of cats/1.jpg, dogs/1.jpg" in message
+
+
+@pytest.mark.parametrize("other", ["results.csv", "captions.csv", "Flickr8k.token.txt"])
+def test_find_layout_lists_several_caption_files(tmp_path: Path, other: str):
+    """One of them may be passed as `--data-dir`. A file that is no caption file does not count."""
+    folder = own_layout(tmp_path, TABLE, "captions.txt")
+    write_files(folder, {other: TOKENS if "token" in other else TABLE, "prices.csv": "a,b\n1,2\n"})
+    message = user_error(read_splits, folder)
+    for name in ("captions.txt", other):
+        assert str(folder / name) in message
+    assert "prices.csv" not in message
+    assert captions_by_image(read_splits(folder / other)) == CAPTIONS
+
+
+def test_find_layout_lists_several_image_folders(tmp_path: Path):
+    folder = write_files(own_layout(tmp_path, TABLE), empty_images("flickr30k_images", "x"))
+    message = user_error(read_splits, folder)
+    for name in ("images", "flickr30k_images"):
+        assert str(folder / name) in message
+
+
+def test_find_layout_reads_flickr8k_archives_beside_other_texts(tmp_path: Path):
+    """The official archive contains lemmas, expert judgments and the lists of the splits."""
+    others = {"Flickr8k.lemma.token.txt": TOKENS, "readme.txt": "If you use this\n"}
+    others |= {"ExpertAnnotations.txt": "a.jpg\tb.jpg#2\t1\t1\t1\n"}
+    folder = write_files(archive_layout(tmp_path), others)
+    assert captions_by_image(read_splits(folder)) == CAPTIONS
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|", ", ", "; ", "| "])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_read_splits_reads_any_separator(tmp_path: Path, separator: str, newline: str):
+    table = TABLE.replace(",", separator).replace("\n", newline)
+    assert captions_by_image(read_splits(own_layout(tmp_path, table))) == CAPTIONS
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_read_splits_reads_tables_with_byte_order_mark(tmp_path: Path, encoding: str):
+    folder = own_layout(tmp_path, TABLE.replace(",", "\t").encode(encoding), "captions.txt")
+    assert captions_by_image(read_splits(folder)) == CAPTIONS
+
+
+@pytest.mark.parametrize("in_header", [True, False])
+@pytest.mark.parametrize("separator", [",", ";"])
+def test_read_splits_ignores_trailing_empty_columns(
+    tmp_path: Path, in_header: bool, separator: str
+):
+    header, *rows = TABLE.replace(",", separator).splitlines()
+    table = "\n".join([header + 2 * separator * in_header, *(row + 2 * separator for row in rows)])
+    assert captions_by_image(read_splits(own_layout(tmp_path, table))) == CAPTIONS
+
+
+@pytest.mark.parametrize(
+    "image", ["image", "Image_Name", "FILENAME", "filepath", "file_name", "path", "Image Name"]
+)
+@pytest.mark.parametrize("caption", ["Caption", "title", "COMMENT", "text", "sentence", "raw"])
+def test_read_splits_knows_usual_column_names(tmp_path: Path, image: str, caption: str):
+    """Columns of indices and comment numbers are ignored."""
+    rows = [f"{i},{name}.jpg,{i % 2},{name} runs" for i, name in enumerate("abc")]
+    table = "\n".join([f",{image},comment_number,{caption}", *rows])
+    captions = captions_by_image(read_splits(own_layout(tmp_path, table)))
+    assert captions == {f"{name}.jpg": [f"{name} runs"] for name in "abc"}
+
+
+@pytest.mark.parametrize(
+    ("header", "repeated"),
+    [
+        ("image,caption,caption", "['caption', 'caption']"),
+        ("image,caption, Caption", "['caption', 'caption']"),
+        ("image,image,text", "['image', 'image']"),
+        ("filename,path,caption", "['filename', 'path']"),
+        ("image,title,text", "['title', 'text']"),
+    ],
+)
+def test_read_splits_rejects_repeated_columns(tmp_path: Path, header: str, repeated: str):
+    message = user_error(read_splits, own_layout(tmp_path, f"{header}\na.jpg,a dog,a cat\n"))
+    assert f"captions.csv, row 1: columns {repeated} could all be the" in message
+
+
+def test_read_splits_prefers_columns_image_and_caption(tmp_path: Path):
+    table = "image,caption,path,text\n" + "".join(f"{n}.jpg,{n} runs,x,y\n" for n in "abc")
+    captions = captions_by_image(read_splits(own_layout(tmp_path, table)))
+    assert captions == {f"{name}.jpg": [f"{name} runs"] for name in "abc"}
+
+
+def flickr30k_table(captions: dict[str, list[str]]) -> str:
+    rows = ["image_name| comment_number| comment"]
+    for name, texts in captions.items():
+        rows += [f"{name}| {i}| {text}" for i, text in enumerate(texts)]
+    return "\n".join(rows) + "\n"
+
+
+def test_read_splits_reads_flickr30k_of_kaggle(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """One row lacks a separator. Captions contain, and begin with, quotation marks."""
+    captions = numbered_captions(100)
+    captions["000.jpg"][0] = '" Superman " on a shirt , and a " quote'
+    table = flickr30k_table(captions).replace("050.jpg| 4| ", "050.jpg| 4   ")
+    files = {"results.csv": table} | empty_images("flickr30k_images", captions)
+    splits = read_splits(write_files(tmp_path, files))
+    del captions["050.jpg"][4]
+    assert captions_by_image(splits) == captions
+    stdout = capsys.readouterr().out
+    assert "left out, 1 of 500 rows are broken" in stdout
+    assert f"{tmp_path / 'results.csv'}, row 256: 2 cells under 3 columns" in stdout
+
+
+@pytest.mark.parametrize(("num_broken", "accepted"), [(5, True), (6, False)])
+@pytest.mark.parametrize("row", ["050.jpg\n", '050.jpg,"a dog" runs\n', "050.jpg,a,b\n", ",x\n"])
+def test_read_splits_skips_up_to_one_percent_broken_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture, num_broken: int, accepted: bool, row: str
+):
+    captions = numbered_captions(99)
+    table = (
+        to_csv(captions).replace("\r\n", "\n").replace("000.jpg", num_broken * row + "000.jpg", 1)
+    )
+    folder = kaggle_layout(tmp_path, table, captions)
+    if accepted:
+        assert captions_by_image(read_splits(folder)) == captions
+        assert "captions.txt, row 2: " in capsys.readouterr().out
+    else:
+        assert "captions.txt, row 2: " in user_error(read_splits, folder)
+
+
+def test_read_splits_counts_all_rows_in_an_unclosed_quote(tmp_path: Path):
+    captions = numbered_captions(99)
+    table = to_csv(captions).replace("image 50 caption 0", '"image 50 caption 0')
+    message = user_error(read_splits, kaggle_layout(tmp_path, table, captions))
+    assert "captions.txt, row 252: " in message
+
+
+def karpathy_json(splits: dict[str, str], filepath: str = "") -> str:
+    """Karpathy's file of these images, by the split of each."""
+    images = []
+    for name, split in splits.items():
+        image = {"filename": name, "split": split, "imgid": 0, "sentids": [0, 1]}
+        image["sentences"] = [{"raw": text, "tokens": []} for text in CAPTIONS[name]]
+        images.append(image | ({"filepath": filepath} if filepath else {}))
+    return json.dumps({"images": images, "dataset": "x"})
+
+
+@pytest.mark.parametrize(
+    ("name", "filepath", "image_dir"),
+    [
+        ("dataset_flickr8k.json", "", "Flicker8k_Dataset"),
+        ("dataset_flickr30k.json", "", "flickr30k_images"),
+        ("dataset_coco.json", "val2014", "val2014"),
+        ("dataset_coco.json", "val2014", "images/val2014"),
+        ("dataset_coco.json", "val2014", "images"),
+    ],
+)
+def test_read_splits_reads_karpathys_files(
+    tmp_path: Path, name: str, filepath: str, image_dir: str
+):
+    """`restval` is training. The splits of the file come before lists beside it."""
+    names = {"a.jpg": "restval", "b.jpg": "test", "c.jpg": "val"}
+    folder = own_layout(tmp_path, karpathy_json(names, filepath), name, image_dir)
+    splits = read_splits(folder)
+    assert captions_by_image(splits) == CAPTIONS
+    assert names_by_split(splits) == {"train": ["a.jpg"], "dev": ["c.jpg"], "test": ["b.jpg"]}
+    assert splits["train"].paths == [folder / image_dir / "a.jpg"]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"images": [{"filename": "a.jpg"}]}', "{}"])
+def test_read_splits_names_file_and_image_of_bad_json(tmp_path: Path, content: str):
+    message = user_error(read_splits, own_layout(tmp_path, content, "dataset_coco.json"))
+    assert "dataset_coco.json, image 0: 'images' need 'filename'" in message
+
+
+def test_read_splits_rejects_image_in_two_splits_of_json(tmp_path: Path):
+    content = json.loads(karpathy_json({"a.jpg": "train", "b.jpg": "val", "c.jpg": "test"}))
+    content["images"].append(content["images"][0] | {"split": "test"})
+    message = user_error(read_splits, own_layout(tmp_path, json.dumps(content), "dataset_x.json"))
+    assert "dataset_x.json: a.jpg is in the train split too" in message
+
+
+@pytest.mark.parametrize(
+    ("row", "file"),
+    [
+        ("Ä b.JPG", "Ä b.JPG"),
+        ("images/Ä b.JPG", "Ä b.JPG"),
+        ("./Ä b.JPG", "Ä b.JPG"),
+        ("../images/Ä b.JPG", "Ä b.JPG"),
+        ("{folder}/images/Ä b.JPG", "Ä b.JPG"),
+        ("sub\\Ä b.JPG", "sub/Ä b.JPG"),
+        ("images\\sub\\Ä b.JPG", "sub/Ä b.JPG"),
+        ("Ä b.JPG", "sub/Ä b.JPG"),
+        ("ä B.jpg", "Ä b.JPG"),
+        ("Images/ä b.jpg", "Ä b.JPG"),
+        (unicodedata.normalize("NFD", "Ä b.JPG"), unicodedata.normalize("NFC", "Ä b.JPG")),
+        (unicodedata.normalize("NFC", "Ä b.JPG"), unicodedata.normalize("NFD", "Ä b.JPG")),
+        ("Ä b", "Ä b.JPG"),
+        ("sub/ä b", "sub/Ä b.JPG"),
+        ("hidden/.Ä b.JPG", "hidden/.Ä b.JPG"),
+        (".hidden/Ä b.JPG", ".hidden/Ä b.JPG"),
+    ],
+)
+def test_image_names_are_found_in_any_spelling(tmp_path: Path, row: str, file: str):
+    row = row.format(folder=tmp_path)
+    table = f"{TABLE}{row},a dog\n"
+    in_list = row if row.lower().endswith(".jpg") else file  # a list gives whole names
+    lists = split_lists(LISTS | {"train": ["a.jpg", in_list]})
+    folder = own_layout(tmp_path, table)
+    splits = read_splits(write_files(folder, empty_images("images", [file]) | lists))
+    assert folder / "images" / file in splits["train"].paths
+
+
+def test_image_names_are_found_by_absolute_paths_through_links(tmp_path: Path):
+    """A data folder often links to a disk; the rows give the path there or here."""
+    disk = write_files(tmp_path / "disk", empty_images(".", CAPTIONS))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "images").symlink_to(disk)
+    rows = f"{disk}/a.jpg,a\n{folder}/images/b.jpg,b\nc.jpg,c\n"
+    write_files(folder, {"captions.csv": f"image,caption\n{rows}"} | split_lists(LISTS))
+    assert captions_by_image(read_splits(folder)) == {f"{name}.jpg": [name] for name in "abc"}
+
+
+@pytest.mark.parametrize("row", ["{parent}/x.jpg", "C:\\x.jpg", "..\\..\\x.jpg", "../../x.jpg"])
+def test_image_names_out_of_the_folder_are_refused(tmp_path: Path, row: str):
+    (tmp_path / "x.jpg").touch()
+    row = row.format(parent=tmp_path)
+    folder = own_layout(tmp_path / "folder", f"{TABLE}{row},a dog\n")
+    message = user_error(read_splits, folder)
+    assert f"row 8: {row!r} is not the name of a file in {folder / 'images'}" in message
+
+
+def test_read_splits_names_the_nearest_image(tmp_path: Path):
+    folder = own_layout(tmp_path, TABLE + "holidy1.jpg,a dog\n")
+    write_files(folder, empty_images("images", ["holiday1.jpg", "holiday1.txt"]))
+    message = user_error(read_splits, folder)
+    assert "no image in" in message
+    assert "holidy1.jpg (the nearest name is holiday1.jpg)" in message
+
+
+@pytest.mark.slow
+def test_read_splits_reads_118000_images_in_seconds(tmp_path: Path):
+    """As many as COCO has, with five captions each."""
+    captions = {f"{i:012d}.jpg": [f"a dog {j}" for j in range(5)] for i in range(118_000)}
+    (tmp_path / "images").mkdir()
+    for name in captions:
+        (tmp_path / "images" / name).touch()
+    (tmp_path / "captions.csv").write_text(to_csv(captions))
+    started = time.process_time()
+    splits = read_splits(tmp_path)
+    assert time.process_time() - started < 8  # 2.5 s
+    assert len(splits["train"].paths) == 116_000
+
+
 # ---------------------------------------------------------------- what is left out
 
 
@@ -438,9 +735,9 @@ def test_read_splits_names_file_and_row_of_bad_csv_row(tmp_path: Path, row: byte
     ("table", "reason"),
     [
         ("", "'image' and 'caption' are needed"),
-        ("image,text\na.jpg,a dog\n", "'caption'"),
+        ("image,words\na.jpg,a dog\n", "'caption'"),
         ("a.jpg,a dog\nb.jpg,a cat\n", "'image' and 'caption' are needed"),
-        ("image;caption\na.jpg;a dog\n", "'image' and 'caption' are needed"),
+        ("image:caption\na.jpg:a dog\n", "'image' and 'caption' are needed"),
         ('"image"x,caption\na.jpg,a dog\n', "captions.txt"),
         ('image,"caption\na.jpg,a dog\n', "captions.txt"),
         (TABLE + 'a.jpg,"a dog\n', "captions.txt, row 8"),
@@ -467,7 +764,7 @@ def test_read_splits_names_missing_or_badly_encoded_split_list(tmp_path: Path):
 @pytest.mark.parametrize("missing", ["Images", "captions.txt"])
 def test_read_splits_rejects_folder_in_neither_layout(tmp_path: Path, missing: str):
     folder = kaggle_layout(tmp_path)
-    (folder / missing).rename(folder / "elsewhere")
+    (folder / missing).rename(tmp_path.with_name(f"{tmp_path.name}.elsewhere"))
     message = user_error(read_splits, folder)
     assert str(folder) in message
     for name in ("Flicker8k_Dataset", "Flickr8k.token.txt", "Images", "captions.txt"):
@@ -656,6 +953,16 @@ def test_prepare_data_dir_never_makes_another_folder(
     assert "--data-dir data/flikr8k" in user_error(read_splits, config.data_dir)
     assert "--data-dir data/flikr8k" in user_error(check_data_dir, config)
     assert not list(workdir.iterdir())
+
+
+@pytest.mark.parametrize("pretrained", ["--pretrained", "--no-pretrained"])
+def test_trainer_checks_the_layout_before_it_loads_an_encoder(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch, pretrained: str
+):
+    own_layout(workdir / "own", "a,b\n1,2\n", "captions.csv")
+    monkeypatch.setattr("trainer.build_clip", lambda *_, **__: pytest.fail("loaded"))
+    message = error_message(trainer.main, "--data-dir", "own", pretrained, "--device", "cpu")
+    assert "own/captions.csv, row 1: columns ['a', 'b'], but 'image' and 'caption'" in message
 
 
 def test_prepare_data_dir_generates_demo_shapes_once(

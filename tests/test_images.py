@@ -1,25 +1,41 @@
 """Tests of data.py: loading and transforming images, and batches of images with captions."""
 
+import math
+import os
 import re
+import shutil
+import signal
 import struct
+import subprocess
+import sys
+import types
+import warnings
 from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, error_message
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from config import Config, UserError, parse
+import data
+import inference
+from config import Config, UserError, cli_errors, parse
 from data import (
     ImageCaptionDataset,
     Split,
     Transform,
     build_train_loader,
+    collate,
+    list_images,
     load_image,
     read_splits,
     tokenize,
@@ -66,6 +82,31 @@ def test_load_image_converts_cmyk_to_rgb(tmp_path: Path):
     pixels = load_image(save_image(tmp_path, "print.jpg", image, quality=95))
     assert pixels.shape == (8, 16, 3)
     assert (abs(pixels.astype(int) - (255, 0, 0)) < 10).all()
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        pytest.param(np.uint16([[0, 65535], [257, 25700]]), [0, 255, 1, 100], id="16 bits"),
+        pytest.param(np.uint16([[0, 4095], [16, 2048]]), [0, 255, 0, 127], id="12 of 16 bits"),
+        pytest.param(np.uint16([[1000, 3000], [1500, 2000]]), [0, 255, 63, 127], id="low and far"),
+        pytest.param(np.uint16([[90, 90], [90, 90]]), [0, 0, 0, 0], id="uniform"),
+        pytest.param(np.int32([[0, 65535], [257, 25700]]), [0, 255, 1, 100], id="32 bits as 16"),
+        pytest.param(np.int32([[0, 2**30], [2**29, 2**28]]), [0, 255, 127, 63], id="32 bits"),
+        pytest.param(np.int32([[0, 255], [51, 102]]), [0, 255, 51, 102], id="32 bits as 8"),
+        pytest.param(np.int32([[-(2**30), 2**30], [0, 2**29]]), [0, 255, 127, 191], id="signed"),
+        pytest.param(np.float32([[0, 1], [0.5, 0.25]]), [0, 255, 127, 63], id="float to 1"),
+        pytest.param(np.float32([[0.5, 0.5], [0.5, 0.5]]), [127] * 4, id="uniform float"),
+        pytest.param(np.float32([[0, 255], [51, 102]]), [0, 255, 51, 102], id="float to 255"),
+        pytest.param(np.float32([[0, 4000], [1000, 2000]]), [0, 255, 63, 127], id="float above"),
+        pytest.param(np.float32([[-3, 1], [-1, -2]]), [0, 255, 127, 63], id="float below"),
+        pytest.param(np.float32([[0, 1], [math.nan, math.inf]]), [0, 255, 0, 255], id="not finite"),
+    ],
+)
+def test_load_image_scales_deep_values(tmp_path: Path, values: np.ndarray, expected: list[int]):
+    """By their nominal range, or by their own if they lie far outside or far below it."""
+    pixels = load_image(save_image(tmp_path, "deep.tif", Image.fromarray(values)))
+    assert pixels[..., 0].flatten().tolist() == expected
 
 
 @pytest.mark.parametrize("name", ["deep.png", "deep.tif"])
@@ -188,6 +229,383 @@ def test_loader_names_broken_image_in_one_line(tmp_path: Path, num_workers: int)
         load_epochs(split, num_workers=num_workers)
     assert str(error.value).startswith(str(path))
     assert "\n" not in str(error.value)
+
+
+def test_load_image_reads_png_with_a_long_text(tmp_path: Path):
+    """As some generators of images write them. Pillow's default limit is 1 MB."""
+    info = PngInfo()
+    info.add_text("workflow", "x" * 5_000_000, zip=True)
+    path = save_image(tmp_path, "long.png", Image.new("RGB", (2, 2), "red"), pnginfo=info)
+    assert load_image(path).tolist() == [[[255, 0, 0]] * 2] * 2
+
+
+@pytest.mark.parametrize(("num_pixels", "accepted"), [(15, True), (25, False)])
+def test_load_image_names_the_limit_of_pixels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_pixels: int, accepted: bool
+):
+    """Pillow warns from the limit on and refuses twice as many. The warning is not shown."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    path = save_image(tmp_path, "large.png", Image.new("RGB", (num_pixels, 1)))
+    with warnings.catch_warnings(action="error"):
+        if accepted:
+            assert load_image(path).shape == (1, num_pixels, 3)
+        else:
+            with pytest.raises(UserError, match=r"large.png: has more than 20 pixels; save it"):
+                load_image(path)
+
+
+@pytest.mark.parametrize("name", ["image.jpg", "image.eps", "image.pdf"])
+def test_load_image_starts_no_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+    """PostScript is not opened, whatever the file is called."""
+    monkeypatch.setattr(subprocess, "check_call", lambda *_, **__: pytest.fail("started"))
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.ps", format="EPS")
+    (tmp_path / "image.ps").rename(tmp_path / name)
+    with pytest.raises(UserError, match=f"{name}: cannot be read as an image"):
+        load_image(tmp_path / name)
+    with Image.open(tmp_path / name) as image:
+        assert image.format == "EPS"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [TypeError("x"), RuntimeError("x"), NotImplementedError(), struct.error("x"), MemoryError()],
+)
+def test_load_image_turns_any_error_of_a_decoder_into_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+):
+    path = save_image(tmp_path, "image.png", Image.new("RGB", (8, 8)))
+
+    def fail(self: object) -> None:
+        raise error
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
+    reason = str(error) or type(error).__name__
+    with pytest.raises(UserError, match=f"image.png: cannot be read as an image: {reason}$"):
+        load_image(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "suffix", ["avif", "tif", "dds", "blp", "jp2", "webp", "qoi", "tga", "ico"]
+)
+def test_load_image_survives_any_damaged_byte(tmp_path: Path, suffix: str):
+    """It returns an image or raises `UserError`, whatever byte is damaged."""
+    mode = "P" if suffix == "blp" else "RGB"
+    image = noise_image(np.random.default_rng(0), 24, 24).convert(mode)
+    original = save_image(tmp_path, f"image.{suffix}", image).read_bytes()
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        damaged = np.frombuffer(original, np.uint8).copy()
+        damaged[rng.integers(min(len(damaged), 400))] = rng.integers(256)
+        path = tmp_path / f"damaged.{suffix}"
+        path.write_bytes(damaged[: rng.integers(len(damaged)) if rng.random() < 0.2 else None])
+        with warnings.catch_warnings(action="error"), suppress(UserError):
+            assert load_image(path).dtype == np.uint8
+
+
+# ---------------------------------------------------------------- large JPEG files
+
+
+@pytest.mark.parametrize("size", [(500, 500), (500, 375), (333, 500)])
+@pytest.mark.parametrize("min_side", [1, 32, 64, 224, 288])
+def test_load_image_decodes_flickr8k_sizes_in_full(
+    tmp_path: Path, size: tuple[int, int], min_side: int
+):
+    path = save_image(tmp_path, "flickr.jpg", noise_image(np.random.default_rng(0), *size))
+    assert (load_image(path, min_side) == load_image(path)).all()
+    assert (load_image(path) == np.array(Image.open(path))).all()
+
+
+@pytest.mark.parametrize(
+    ("size", "min_side", "expected"),
+    [
+        ((4000, 3000), 224, (1000, 750)),
+        ((4000, 3000), 100, (500, 375)),
+        ((4000, 3000), 288, (1000, 750)),
+        ((4000, 3000), 423, (2000, 1500)),
+        ((4000, 3000), 751, (4000, 3000)),
+        ((3000, 4000), 300, (750, 1000)),
+        ((4000, 600), 224, (4000, 600)),
+    ],
+)
+def test_load_image_decodes_large_jpeg_at_smallest_sufficient_scale(
+    tmp_path: Path, size: tuple[int, int], min_side: int, expected: tuple[int, int]
+):
+    """The smallest of 1/8, 1/4, 1/2 and 1 whose shorter side is at least twice `min_side`."""
+    path = save_image(tmp_path, "photo.jpg", Image.new("RGB", size))
+    assert load_image(path, min_side).shape == (*expected[::-1], 3)
+    assert load_image(path).shape == (*size[::-1], 3)
+    png = save_image(tmp_path, "photo.png", Image.new("RGB", (2000, 1000)))
+    assert load_image(png, min_side).shape == (1000, 2000, 3)
+
+
+def test_transform_changes_little_with_a_reduced_jpeg(tmp_path: Path):
+    rng = np.random.default_rng(0)
+    smooth = noise_image(rng, 24, 32).resize((2048, 1536), Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    exif[ORIENTATION] = ROTATE_RIGHT
+    path = save_image(tmp_path, "photo.jpg", smooth, exif=exif, quality=90)
+    transform = Transform(64)
+    reduced = load_image(path, transform.min_side)
+    assert reduced.shape == (512, 384, 3)
+    difference = transform(load_image(path)).astype(float) - transform(reduced)
+    assert abs(difference).mean() < 1
+
+
+def test_augment_has_twice_the_pixels_of_its_smallest_crop():
+    """The smallest crop has 0.35 of the square's area, and sides in the ratio of 1.25."""
+    transform = Transform(224)
+    assert transform.min_side == 224
+    smallest = math.sqrt(0.35 / 1.25) * 2 * transform.augment_min_side
+    assert 2 * 224 <= smallest < 2 * 226
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_dataset_decodes_for_its_transform(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, augment: bool
+):
+    path = save_image(tmp_path, "photo.jpg", Image.new("RGB", (2000, 1500)))
+    passed = []
+    monkeypatch.setattr(
+        "data.load_image", lambda *arguments: passed.append(arguments) or load_image(*arguments)
+    )
+    dataset = ImageCaptionDataset(
+        Split([path], [["a dog"]]), Config(image_size=64, augment=augment)
+    )
+    assert dataset[0]["pixels"].shape == (64, 64, 3)
+    transform = dataset.transform
+    assert passed == [(path, transform.augment_min_side if augment else transform.min_side)]
+
+
+# ---------------------------------------------------------------- list_images
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def listed(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in list_images(folder)]
+
+
+SUFFIXES = "jpg jpeg jpe jfif png apng webp gif bmp dib tif tiff avif jp2 j2k ppm pgm pbm pnm pfm"
+SUFFIXES += " mpo tga ico icns dds qoi pcx psd sgi"
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES.split())
+def test_list_images_lists_every_raster_format(tmp_path: Path, suffix: str):
+    touch(tmp_path, f"a.{suffix}", f"sub/B.{suffix.upper()}")
+    assert listed(tmp_path) == [f"a.{suffix}", f"sub/B.{suffix.upper()}"]
+
+
+@pytest.mark.parametrize(
+    "suffix", ["avif", "jfif", "jpe", "ppm", "tga", "jp2", "mpo", "apng", "webp", "bmp", "gif"]
+)
+def test_load_image_reads_every_raster_format(tmp_path: Path, suffix: str):
+    image = Image.new("RGB", (16, 16), (200, 40, 40))
+    path = save_image(tmp_path, f"image.{suffix}", image)
+    assert (abs(load_image(path).astype(int) - (200, 40, 40)) < 8).all()
+
+
+@pytest.mark.parametrize("suffix", ["eps", "ps", "wmf", "emf", "pdf", "mpg", "h5", "grib", "svg"])
+def test_list_images_lists_no_other_format(tmp_path: Path, suffix: str):
+    touch(tmp_path, f"a.{suffix}")
+    assert listed(tmp_path) == []
+
+
+def test_list_images_follows_links_without_loops(tmp_path: Path):
+    """An image in a folder and in a link to that folder is listed once, in the folder."""
+    touch(tmp_path, "photos/z/1.jpg", "elsewhere/2.jpg", "elsewhere/more/3.jpg")
+    photos = tmp_path / "photos"
+    (photos / "all").symlink_to(photos)
+    (photos / "a").symlink_to(photos / "z")
+    (photos / "z" / "up").symlink_to("..")
+    (photos / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(photos)
+    (photos / "self").symlink_to("self")
+    (photos / "gone").symlink_to("nowhere")
+    assert listed(photos) == ["linked/2.jpg", "linked/more/3.jpg", "z/1.jpg"]
+
+
+def test_list_images_passes_over_hidden_and_system_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    touch(tmp_path, "a.jpg", "._a.jpg", ".hidden.jpg", ".thumbnails/a.jpg", "@eaDir/a.jpg")
+    touch(
+        tmp_path, "__MACOSX/a.jpg", "Thumbnails/a.jpg", "thumbs/a.jpg", "jpg", ".jpg", ".DS_Store"
+    )
+    (tmp_path / "folder.jpg").mkdir()
+    touch(tmp_path, "folder.jpg/b.jpg")
+    assert listed(tmp_path) == ["a.jpg", "folder.jpg/b.jpg"]
+    assert capsys.readouterr().out == "images: left out 1 files: 1 without suffix\n"
+
+
+def test_list_images_of_a_hidden_folder(tmp_path: Path):
+    """The folder itself may be hidden or called like a system's."""
+    for name in (".photos", "thumbs"):
+        touch(tmp_path, f"{name}/a.jpg")
+        assert listed(tmp_path / name) == ["a.jpg"]
+
+
+def test_list_images_counts_each_suffix_left_out(tmp_path: Path, capsys: pytest.CaptureFixture):
+    touch(tmp_path, "a.jpg", "a.MOV", "b.mov", "c.txt", "sub/d.mov", "e.heic", "f.heic")
+    list_images(tmp_path)
+    message = "images: left out 6 files: 3 .mov, 2 .heic, 1 .txt (HEIF images are read after: pip"
+    stdout = capsys.readouterr().out
+    assert stdout.startswith(message)
+    assert stdout.count("\n") == 1
+
+
+def test_list_images_counts_unreadable_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    touch(tmp_path, "a.jpg", "locked/b.jpg", "locked too/b.jpg")
+
+    def scandir(path: str, original: Callable = os.scandir) -> object:
+        if "locked" in path:
+            raise PermissionError(13, "Permission denied")
+        return original(path)
+
+    monkeypatch.setattr("os.scandir", scandir)
+    assert listed(tmp_path) == ["a.jpg"]
+    stdout = capsys.readouterr().out
+    assert "left out 2 folders that cannot be read: " in stdout
+    assert "locked too/: Permission denied" in stdout
+
+
+def test_list_images_uses_pillow_heif_where_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    registered = types.ModuleType("pillow_heif")
+    registered.register_heif_opener = lambda: Image.register_extension("HEIF", ".heic")
+    touch(tmp_path, "a.heic")
+    with pytest.raises(UserError, match=r"a.heic: .*pip install pillow-heif"):
+        load_image(tmp_path / "a.heic")
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "pillow_heif", registered)
+        patched.setattr(Image, "EXTENSION", dict(Image.registered_extensions()))
+        data._readable_formats.cache_clear()
+        assert listed(tmp_path) == ["a.heic"]
+    data._readable_formats.cache_clear()
+    assert listed(tmp_path) == []
+
+
+# ---------------------------------------------------------------- images in a search
+
+
+@pytest.fixture
+def searcher(trained: Path, tmp_path: Path) -> inference.Searcher:
+    checkpoint = Path(shutil.copy(trained / "last.pt", tmp_path / "w.pt"))
+    return inference.Searcher(checkpoint, device="cpu", num_workers=0)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Three images, two of them nearly black, and a damaged one."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name, color in (("a.png", "red"), ("b.avif", (9, 9, 9)), ("c.jfif", (5, 5, 5))):
+        save_image(folder, name, Image.new("RGB", (64, 64), color))
+    (folder / "damaged.avif").write_bytes((folder / "b.avif").read_bytes()[:150])
+    return folder
+
+
+def test_search_says_what_it_searches_and_skips(
+    searcher: inference.Searcher, photos: Path, capsys: pytest.CaptureFixture
+):
+    (matches,) = searcher.search(["a red circle"], photos)
+    assert {match.path.name for match in matches} == {"a.png", "b.avif", "c.jfif"}
+    stdout = capsys.readouterr().out
+    assert f"searching 4 images in {photos}\n" in stdout
+    assert "skipped 1 of 4 images:" in stdout
+    assert f"{photos / 'damaged.avif'}: cannot be read as an image: " in stdout
+    assert "2 of 3 images are nearly black" in stdout
+
+
+def test_search_says_how_many_test_images_it_searches(
+    searcher: inference.Searcher,
+    trained: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+):
+    monkeypatch.chdir(trained.parent.parent)  # its data folder is relative
+    searcher.search(["a red circle"])
+    data_dir = searcher.config.data_dir
+    assert f"searching the 12 test images of {data_dir}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_bytes(b"")])
+def test_search_shows_images_that_vanished_as_gray(
+    searcher: inference.Searcher,
+    photos: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    spoil: Callable,
+):
+    """They were indexed, and vanish or become unreadable before they are shown."""
+    results = searcher.search(["a red circle"], photos)
+    spoil(photos / "a.png")
+    inference.show_matches(results, tmp_path / "matches.png")
+    assert f"not shown: {photos / 'a.png'}: cannot be read" in capsys.readouterr().out
+    assert (tmp_path / "matches.png").stat().st_size > 0
+
+
+def test_thumbnails_decode_what_they_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = save_image(tmp_path, "photo.jpg", Image.new("RGB", (4000, 3000)))
+    sizes = []
+
+    def load(*arguments: object) -> np.ndarray:
+        sizes.append(load_image(*arguments).shape)
+        return load_image(*arguments)
+
+    monkeypatch.setattr(inference, "load_image", load)
+    assert inference._thumbnail(path).size == (300, 225)
+    assert sizes == [(750, 1000, 3)]
+
+
+def test_classify_ranks_each_text_once(searcher: inference.Searcher, photos: Path):
+    texts = ["a red circle", "a  red circle", "a blue square", "a red circle"]
+    matches = searcher.classify(photos / "a.png", texts)
+    assert sorted(match.query for match in matches) == ["a blue square", "a red circle"]
+    assert sum(match.score for match in matches) == pytest.approx(1)
+
+
+class Buggy(Dataset):
+    """A bug in a DataLoader worker."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> object:
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), ValueError("a bug")])
+def test_bug_in_a_worker_keeps_its_traceback(error: Exception):
+    @cli_errors
+    def main(_: object) -> None:
+        list(DataLoader(Buggy(error), num_workers=1))
+
+    with pytest.raises(type(error), match=r"(?s)Traceback.*a bug"):
+        main([])
+
+
+def test_killed_worker_is_one_line():
+    class Killed(Buggy):
+        def __getitem__(self, index: int) -> object:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    @cli_errors
+    def main(_: object) -> None:
+        list(DataLoader(Killed(ValueError()), num_workers=1))
+
+    message = error_message(main)
+    assert "a DataLoader worker died; try --num-workers 0" in message
 
 
 # ---------------------------------------------------------------- sampling of captions and images
@@ -478,7 +896,7 @@ def test_batches_are_uint8_in_channels_last_memory(noise: Split, num_workers: in
     batches = list(build_train_loader(noise, tokenizer_of(noise), config, CPU))
     assert len(batches) == 3
     for batch in batches:
-        assert batch.keys() == {"pixels", "texts"}
+        assert batch.keys() == {"pixels", "texts", "caption_ids"}
         pixels = batch["pixels"]
         assert pixels.shape == (4, 3, 32, 32)
         assert pixels.dtype == torch.uint8
@@ -523,6 +941,32 @@ def test_collate_pads_captions_in_one_bucket_or_chunks_on_a_gpu(
     loader = build_train_loader(noise, tokenizer_of(noise), config, CUDA)
     batch = loader.collate_fn([loader.dataset[i] for i in range(14)])
     assert [len(ids) for ids, _ in batch["texts"]] == sizes
+
+
+def test_collate_gives_equal_captions_equal_ids(noise: Split):
+    """White space does not matter. The ids follow the order of the texts."""
+    captions = ["a dog", "a cat on a mat", "a  dog ", "A dog", "a dog"]
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    items = [{"pixels": pixels, "caption": caption} for caption in captions]
+    ids = collate(items, tokenizer_of(noise), bucket_size=8)["caption_ids"]
+    assert ids.dtype == torch.int64
+    cat = ids[4]  # the longest
+    upper = ids[1]
+    assert ids.tolist() == [ids[0], upper, ids[0], ids[0], cat]
+    assert len({int(number) for number in (ids[0], upper, cat)}) == 3
+
+
+@pytest.mark.slow
+def test_caption_ids_are_equal_in_all_processes():
+    command = "from data import _caption_id; print(_caption_id('a dog'))"
+    run = subprocess.run(
+        [sys.executable, "-c", command],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONHASHSEED": "7"},
+    )
+    assert int(run.stdout) == data._caption_id("a dog")
 
 
 @pytest.mark.parametrize("batch_size", [4, 14])
