@@ -59,7 +59,7 @@ class Config:
     text_width: int = 0  # hidden size of a text encoder from scratch; 0: the default
     projection_dim: int = 256  # embedding dimension
     dropout: float = 0.3  # dropout rate of the projection heads
-    drop_path: float = 0.1  # stochastic depth rate of the image encoder
+    drop_path: float = -1.0  # stochastic depth rate of the image encoder; -1: 0.1 if it has any
     temperature: float = 0.07  # initial value of the learned temperature (paper, section 2.4)
     # optimization
     epochs: int = 28  # passes over the images, each with one caption sampled per image
@@ -78,6 +78,8 @@ class Config:
     precision: Precision = "auto"  # of the encoders; auto: 16 bits on CUDA, else float32
     demo: bool = False  # train small encoders on generated shapes, two minutes on a CPU
     resume: str = ""  # resume the run of this last.pt with its settings
+    init_from: str = ""  # start a new run from the model of this checkpoint, with its encoders
+    allow_changed_data: bool = False  # resume though the images or captions are others than before
 
     def __post_init__(self) -> None:
         _check_ranges(
@@ -91,7 +93,6 @@ class Config:
             freeze_text_encoder=(0.0, 1.0),
             projection_dim=(1, 65536),
             dropout=(0.0, 0.9),
-            drop_path=(0.0, 0.9),
             temperature=(0.01, 100.0),  # 0.01 is where the paper clamps
             epochs=(1, 100_000),
             batch_size=(2, 1_000_000),  # a contrastive loss needs a negative
@@ -106,6 +107,10 @@ class Config:
         )
         if self.precision not in get_args(Precision):
             raise ValueError(f"--precision {self.precision!r}: must be auto, float32 or bfloat16")
+        if self.resume and self.init_from:
+            raise ValueError("--init-from: starts a new run and cannot be combined with --resume")
+        if self.drop_path != -1 and not 0 <= self.drop_path <= 0.9:
+            raise ValueError(f"--drop-path {self.drop_path}: must be between 0.0 and 0.9, or -1")
         if self.chunk_size == 1:
             raise ValueError("--chunk-size 1: batch norm needs at least 2 images; 0 is all of them")
         if self.name in ("", ".", "..") or "/" in self.name or "\\" in self.name:
@@ -140,14 +145,21 @@ class SearchConfig:
     n: int = 8  # number of images to show for each query
     query: UseAppendAction[list[str]] = field(default_factory=list)  # text; - reads stdin lines
     images: Path | None = None  # folder of images to search; default: the data set's test images
+    data_dir: Path | None = None  # folder of the data set; default: where the model was trained
+    like: Path | None = None  # search for images similar to this image file
     image: Path | None = None  # rank the queries, or else the test captions, for this image file
     output: Path = Path("matches.png")  # .png, .jpg, .pdf or .svg for a figure, .csv for a table
     evaluate: bool = False  # print the recalls on the data set's test split
+    nnn: bool = True  # correct the scores of hubs, images that are near to every query
     num_workers: int = -1  # DataLoader workers; -1: none on the CPU, one per core on a GPU
     device: str = "auto"  # auto: cuda, mps or cpu, whichever is there; or a name such as cuda:1
 
     def __post_init__(self) -> None:
         _check_ranges(self, n=(1, 1_000_000), num_workers=(-1, 256))
+        _check_exclusive(self, "evaluate", "query", "images", "like", "image")
+        _check_exclusive(self, "image", "images", "like")
+        _check_exclusive(self, "like", "query")
+        _check_exclusive(self, "images", "data_dir")
         if not all(query.strip() for query in self.query):
             raise ValueError("--query: is empty, but needs at least one word")
         if "-" in self.query and len(self.query) > 1:
@@ -167,6 +179,50 @@ def _check_ranges(settings: Any, **ranges: tuple[float, float]) -> None:
             raise ValueError(f"--{flag} {value}: must be between {low} and {high}")
 
 
+def _check_exclusive(settings: Any, name: str, *others: str) -> None:
+    """Raises `ValueError` if a flag is given together with one that has no effect beside it."""
+    for other in others:
+        if getattr(settings, name) and getattr(settings, other):
+            flags = [f"--{each.replace('_', '-')}" for each in (name, other)]
+            raise ValueError(f"{flags[1]}: has no effect with {flags[0]}; leave one of them out")
+
+
+def check(value: Any, rule: Any, name: str) -> None:
+    """Raises `ValueError` for a value from a file, called `name`, that does not fit a rule.
+
+    A range or two floats bound a number of that type, a set lists the values, an integer is the
+    greatest length of a text, a type is that of the value, and a dict has a rule for each key that
+    may occur. Of a list of rules one must fit.
+    """
+    if isinstance(rule, dict) and type(value) is dict:
+        for key, inner in value.items():
+            check(inner, rule.get(key, set()), f"{name}: {short(key)}")
+    elif not _fits(value, rule):
+        raise ValueError(f"{name} is {short(value)}, which is not allowed")
+
+
+def _fits(value: Any, rule: Any) -> bool:
+    if isinstance(rule, list):
+        return any(_fits(value, one) for one in rule)
+    if isinstance(rule, type):
+        return type(value) is rule
+    if isinstance(rule, set):
+        return any(type(value) is type(allowed) and value == allowed for allowed in rule)
+    if isinstance(rule, int):
+        return type(value) is str and len(value) <= rule
+    if isinstance(rule, range):
+        return type(value) is int and value in rule
+    if isinstance(rule, tuple):
+        return type(value) is float and rule[0] <= value <= rule[1]  # NaN is in no range
+    return False
+
+
+def short(value: Any) -> str:
+    """A value for an error message; containers may be too large to print."""
+    is_scalar = type(value) in (str, int, float, bool, type(None))
+    return repr(value)[:60] if is_scalar else f"a {type(value).__name__}"
+
+
 Settings = TypeVar("Settings", Config, SearchConfig)
 
 
@@ -179,6 +235,8 @@ def parse(
     class, but never a flag that is given. Exits with status 2 and a message on an unknown flag,
     with the nearest known one, and on an invalid value.
     """
+    if argv is None and "ipykernel" in sys.modules:
+        argv = []  # in a notebook, sys.argv contains the arguments of the kernel
     cli = functools.partial(tyro.cli, settings, args=argv, config=(DisallowNone,))
     if default is not None:
         return cli(default=default)
@@ -223,7 +281,9 @@ def _known_cause(error: Exception) -> str | None:
         return "out of memory; try --chunk-size 32 in training, --device cpu in search"
     if "TORCHELASTIC_RUN_ID" in os.environ and re.search("gloo|NCCL", message):
         return "another process of this run has stopped"
-    if WORKER in message or isinstance(error, ConnectionError):  # the connection is to a worker
+    # Not an exception in a worker, "Caught ... in DataLoader worker": it is a bug. The connection
+    # of a ConnectionError is to a worker.
+    if f"{WORKER} (pid" in message or isinstance(error, ConnectionError):
         return "a DataLoader worker died; try --num-workers 0"
     return None
 

@@ -9,6 +9,7 @@ import ctypes
 import hashlib
 import math
 import os
+import pickletools
 import platform
 import sys
 import textwrap
@@ -28,14 +29,48 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
-from config import Config, UserError
+from config import Config, UserError, check, short
+from data import read_tokenizer
 
 MAX_LOGIT_SCALE = 100.0  # section 2.4: "clipped to prevent scaling the logits by more than 100"
 EVAL_SCALE = 9 / 7  # image side in evaluation over that in training (tests/benchmarks/RESULTS.md)
+DEFAULT_DROP_PATH = 0.1  # of image encoders that have stochastic depth
 CHECKPOINT_FORMAT = "clip weights 1"
 TokenBatches = list[tuple[Tensor, Tensor]]  # token ids and mask, both (b, T), of part of a batch
-# The arguments of timm.create_model that a checkpoint may contain.
-IMAGE_ENCODER_ARGS = {"num_classes", "in_chans", "global_pool", "img_size", "drop_path_rate"}
+
+# What a checkpoint may contain, as rules for `config.check`.
+REQUIRED = {"format", "config", "image_encoder", "text_encoder", "tokenizer", "example_query"}
+TRAINING = {"optimizer", "schedule", "scaler", "history"}  # required in a last.pt
+MAX_PICKLE = 64_000_000  # bytes, of all that is not a tensor
+MAX_VALUES = 2_000_000  # steps of the pickle, which take at most 500 MB of memory
+MAX_BUFFER = 10_000_000  # elements of an encoder that are not in its state dict
+DTYPES = {torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.bool}
+CLASSES = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch FloatStorage"}
+CLASSES |= {f"torch {dtype}Storage" for dtype in ("Half", "BFloat16", "Long", "Int", "Bool")}
+IMAGE_ENCODER_ARGS = {  # of timm.create_model
+    "num_classes": range(1_000_000),
+    "in_chans": {3},
+    "global_pool": 20,
+    "img_size": [{None}, range(1, 2049), list, tuple],
+    "drop_path_rate": [{None}, (0.0, 0.9)],
+}
+SCHEMA = {  # of the values that are not tensors
+    "format": {CHECKPOINT_FORMAT},
+    "config": {name: type(value) for name, value in asdict(Config()).items()},
+    "image_encoder": {"name": 200, "arguments": IMAGE_ENCODER_ARGS},
+    "text_encoder": dict,
+    "tokenizer": 20_000_000,
+    "example_query": 10_000,
+    "schedule": dict,  # not used
+    "scaler": dict,  # this and the next two are validated in trainer.py
+    "history": list,
+    "data": dict,
+}
+TEXT_ENCODERS = {"albert", "bert", "camembert", "data2vec-text", "deberta", "deberta-v2"}
+TEXT_ENCODERS |= {"distilbert", "electra", "ernie", "modernbert", "mpnet", "nomic_bert", "rembert"}
+TEXT_ENCODERS |= {"roberta", "roberta-prelayernorm", "roformer", "xlm-roberta"}
+TEXT_SETTINGS = {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
+TEXT_SETTINGS |= {"chunk_size_feed_forward": 0}  # those that are the same for all
 
 
 # ---------------------------------------------------------------- model
@@ -54,6 +89,7 @@ class ImageEncoder(nn.Module):
         super().__init__()
         import timm  # here, because a search over images that are in the index does not need it
 
+        self.drop_path = drop_path
         args = {"num_classes": 0, **args, "drop_path_rate": drop_path or None}  # None: not passed
         self.model = timm.create_model(name, pretrained=pretrained, **args)
         if not drop_path:
@@ -77,6 +113,8 @@ class ImageEncoder(nn.Module):
         self.eval()  # leaves batch-norm statistics unchanged
         features = self(torch.zeros(1, 3, size, size, dtype=torch.uint8))
         self.train()
+        if features.ndim != 2:
+            raise ValueError("the image encoder has no pooled features")
         return features.shape[-1]
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -212,18 +250,25 @@ def contrastive_loss(
     text_embeddings: Tensor,
     logit_scale: Tensor,
     local_slice: slice = slice(None),
+    caption_ids: Tensor | None = None,
 ) -> Tensor:
     """The symmetric contrastive loss (section 2.3, figure 3), a scalar in nats.
 
     `image_embeddings` and `text_embeddings` are unit vectors (B, D) whose i-th rows belong
     together. Each image must find its text among all texts, and each text its image: the loss is
     the mean of the two cross-entropies. With `local_slice` it is the mean over the b pairs of that
-    part of the batch, the part of one process, against the whole batch.
+    part of the batch, the part of one process, against the whole batch. Pairs with equal numbers
+    in `caption_ids` (B,) have the same caption and are not each other's negatives.
     """
-    device = image_embeddings.device
-    labels = torch.arange(len(image_embeddings), device=device)[local_slice]  # (b,)
+    pairs = torch.arange(len(image_embeddings), device=image_embeddings.device)  # (B,)
+    labels = pairs[local_slice]  # (b,)
     logits_per_image = logit_scale * image_embeddings[local_slice] @ text_embeddings.T  # (b, B)
     logits_per_text = logit_scale * text_embeddings[local_slice] @ image_embeddings.T  # (b, B)
+    if caption_ids is not None:
+        same_caption = caption_ids[local_slice, None] == caption_ids  # (b, B)
+        excluded = same_caption & (labels[:, None] != pairs)
+        logits_per_image = logits_per_image.masked_fill(excluded, -math.inf)
+        logits_per_text = logits_per_text.masked_fill(excluded, -math.inf)
     image_loss = F.cross_entropy(logits_per_image, labels)
     text_loss = F.cross_entropy(logits_per_text, labels)
     return (image_loss + text_loss) / 2
@@ -250,25 +295,28 @@ def build_clip(config: Config, captions: list[str] | None = None) -> tuple[CLIP,
 def build_image_encoder(config: Config) -> ImageEncoder:
     """The timm model of `config`, pretrained or from scratch, for images of the configured size.
 
-    Raises `UserError` if it cannot be loaded, has no stochastic depth where `drop_path` requires
-    it, or has arguments that a checkpoint may not contain.
+    With the default `drop_path`, an encoder without stochastic depth is built without it. Raises
+    `UserError` if it cannot be loaded, has no stochastic depth where `drop_path` requires it, or
+    has arguments that a checkpoint may not contain.
     """
     from timm.models import resolve_model_input_args
 
     name = config.image_encoder
+    drop_path = DEFAULT_DROP_PATH if config.drop_path < 0 else config.drop_path
     try:
         # A model of a fixed size, such as a ViT, must be built for this size.
         size = resolve_model_input_args(name, {"img_size": config.image_size}).get("img_size")
-        encoder = ImageEncoder(
-            name, config.image_size, config.pretrained, config.drop_path, img_size=size
-        )
+        encoder = ImageEncoder(name, config.image_size, config.pretrained, drop_path, img_size=size)
     except Exception as error:  # a wrong name, a damaged folder, an unreachable hub
+        if "drop_path_rate" in str(error) and config.drop_path < 0:
+            print(f"model: {name} has no stochastic depth and is trained without it")
+            return build_image_encoder(replace(config, drop_path=0.0))
         if "drop_path_rate" in str(error):
             raise UserError(
-                f"--image-encoder {name}: has no stochastic depth; add --drop-path 0"
+                f"--image-encoder {name}: has no stochastic depth; pass --drop-path 0"
             ) from None
         raise _unavailable("--image-encoder", name, "local-dir:FOLDER", error) from None
-    unknown = encoder.model._model_args.keys() - IMAGE_ENCODER_ARGS
+    unknown = encoder.model._model_args.keys() - IMAGE_ENCODER_ARGS.keys()
     if unknown:
         raise UserError(f"--image-encoder {name}: is not supported, it needs {sorted(unknown)}")
     return encoder
@@ -354,11 +402,13 @@ def _from_pretrained(auto_class: Any, name: str) -> Any:
 
 
 def _check_text_config(name: str, model_config: Any) -> None:
+    kind = model_config.model_type
     is_text_model = hasattr(model_config, "vocab_size") and not model_config.sub_configs
     if model_config.is_encoder_decoder or not is_text_model:
-        raise UserError(
-            f"--text-encoder {name}: a {model_config.model_type} model is not a text encoder"
-        )
+        raise UserError(f"--text-encoder {name}: a {kind} model is not a text encoder")
+    if kind not in TEXT_ENCODERS:
+        supported = ", ".join(sorted(TEXT_ENCODERS))
+        raise UserError(f"--text-encoder {name}: a {kind} model is not supported, but {supported}")
 
 
 def build_wordpiece_tokenizer(texts: list[str], max_length: int) -> Tokenizer:
@@ -448,21 +498,34 @@ class Checkpoint:
     example_query: str
     model: dict[str, Tensor]  # the state dict of `CLIP`
     fingerprint: str  # hash over the checksums of the file's contents
-    training: "TrainingState | None"  # None in a best.pt
+    references: "References | None"  # only in the best.pt of a finished run
+    training: "TrainingState | None"  # only in a last.pt
+
+
+@dataclass
+class References:
+    """Unit vectors of training pairs, both (R, D) `float16`, to estimate the bias of hubs from."""
+
+    images: Tensor
+    texts: Tensor
 
 
 @dataclass
 class TrainingState:
-    """What a last.pt contains to resume its run: state dicts, and the rows of metrics.csv."""
+    """What a last.pt contains to resume its run; `trainer.restore` validates it."""
 
-    optimizer: dict[str, Any]
-    scheduler: dict[str, Any]
+    optimizer: dict[int, dict[str, Tensor]]  # AdamW's state by the index of the parameter
     scaler: dict[str, Any]  # empty if the run's precision needs no scaler
-    history: list[dict[str, float]]
+    history: list[dict[str, float]]  # the rows of metrics.csv
+    data: dict[str, Any] | None  # `trainer.data_digest` of the splits, None in older files
 
 
 def make_checkpoint(
-    model: CLIP, tokenizer: Tokenizer, config: Config, example_query: str
+    model: CLIP,
+    tokenizer: Tokenizer,
+    config: Config,
+    example_query: str,
+    references: References | None = None,
 ) -> dict[str, Any]:
     """All that a search needs, as tensors and plain values.
 
@@ -475,12 +538,14 @@ def make_checkpoint(
     image_name, text_name = config.image_encoder, config.text_encoder
     portable_config = replace(
         config,
-        data_dir=Path(os.path.relpath(config.data_dir)).as_posix(),
+        data_dir=_portable_path(config.data_dir),
         image_encoder=architecture if ":" in image_name else image_name,
         text_encoder=text_config["model_type"] if Path(text_name).exists() else text_name,
         resume="",
+        init_from="",
+        allow_changed_data=False,
     )
-    return {
+    content = {
         "format": CHECKPOINT_FORMAT,
         "config": asdict(portable_config),
         "image_encoder": {"name": architecture, "arguments": image_model._model_args},
@@ -489,63 +554,175 @@ def make_checkpoint(
         "example_query": example_query,
         "model": model.state_dict(),
     }
+    if references:
+        content["references"] = asdict(references)
+    return content
 
 
-def load_checkpoint(path: str | Path) -> Checkpoint:
+def _portable_path(path: str) -> str:
+    """The path relative to the current folder; unchanged on another drive of Windows."""
+    try:
+        return Path(os.path.relpath(path)).as_posix()
+    except ValueError:
+        return path
+
+
+def load_checkpoint(path: str | Path, mmap: bool = False) -> Checkpoint:
     """Reads and validates a checkpoint file, which may come from anyone: nothing in it is run.
 
-    Raises `UserError` for a file that is not a complete checkpoint of this program.
+    With `mmap` tensors are read when they are first used. Windows does not allow to replace the
+    file as long as they are in use. Raises `UserError` for a file that is damaged or not a complete
+    checkpoint of this program.
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: no such checkpoint file")
     try:
-        with zipfile.ZipFile(path) as archive:  # torch's file format, with a checksum per tensor
-            checksums = [(member.filename, member.CRC) for member in archive.infolist()]
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return _validate_checkpoint(content, checksums)
-    except Exception as error:  # a damaged or hostile file can raise anything
+        checksums, num_bytes = _verify_archive(path)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        _validate_checkpoint(content, num_bytes)
+        return _checkpoint_of(content, checksums)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # anything; the tokenizers' PanicException is no Exception
         reason = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
         raise UserError(f"{path}: not a complete checkpoint of this program: {reason}") from None
 
 
-def _validate_checkpoint(content: dict[str, Any], checksums: list) -> Checkpoint:
-    """The content of a checkpoint file as a `Checkpoint`; raises any exception if it is not one."""
+def _verify_archive(path: str | Path) -> tuple[list[tuple[str, int]], int]:
+    """Verifies the checksums of torch's file format, a zip archive with a record per tensor.
+
+    Returns names and checksums of the records, and the total size of the tensors in bytes. Raises
+    an exception that names a damaged record, and for a pickle that contains more than tensors and
+    plain values.
+    """
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+        if any(r.compress_type or r.compress_size != r.file_size for r in records):
+            raise ValueError("its records are compressed")
+        if sum(r.file_size for r in records) > os.path.getsize(path):
+            raise ValueError("its records are larger than the file")
+        if len({r.filename.lower() for r in records}) < len(records):
+            raise ValueError("it has two records of one name")
+        damaged = archive.testzip()
+        if damaged:
+            raise ValueError(f"its record {damaged} is damaged")
+        folder = records[0].filename.partition("/")[0]
+        if archive.getinfo(f"{folder}/data.pkl").file_size > MAX_PICKLE:
+            raise ValueError("its plain values are too large")
+        _check_pickle(archive.read(f"{folder}/data.pkl"))
+    num_bytes = sum(r.file_size for r in records if r.filename.startswith(f"{folder}/data/"))
+    return [(r.filename, r.CRC) for r in records], num_bytes
+
+
+def _check_pickle(pickle: bytes) -> None:
+    """Raises `ValueError` for other classes than those of plain tensors, and for too many values.
+
+    Containers that contain others again and again are refused too: they could be endless to hash.
+    """
+    containers, num_references, previous = set(), 0, ""
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(pickle)):
+        name = opcode.name
+        if name == "GLOBAL" and argument not in CLASSES:
+            raise ValueError(f"it contains {short(argument)}, which is not a plain value")
+        if name.endswith("PUT") and previous.startswith(("TUPLE", "EMPTY", "REDUCE")):
+            containers.add(argument)
+        num_references += name.endswith("GET") and argument in containers
+        if count > MAX_VALUES or num_references > 16:
+            raise ValueError("it has too many values")
+        previous = name
+
+
+def _validate_checkpoint(content: dict[str, Any], num_bytes: int) -> None:
+    """Raises an exception unless the content has the fields, types and bounds of a checkpoint."""
     if content.get("format") != CHECKPOINT_FORMAT:
         raise ValueError("its format is another one")
-    required = {"config", "image_encoder", "text_encoder", "tokenizer", "example_query", "model"}
-    missing = required - content.keys()
+    missing = (REQUIRED | {"model"}) - content.keys()
+    if content.keys() & TRAINING:
+        missing |= TRAINING - content.keys()
     if missing:
         raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-    types = {name: type(value) for name, value in asdict(Config()).items()}
-    for name, value in content["config"].items():
-        if type(value) is not types.get(name):
-            raise ValueError(f"its config has {name}={value!r}")
-    if not isinstance(content["example_query"], str):
-        raise ValueError("its example query is not text")
-    for name, value in content["model"].items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise ValueError(f"its model has {name}, which is not a tensor")
-    if content["model"]["logit_scale"].ndim:
-        raise ValueError("its logit_scale is not a number")
+    fields = dict(content)
+    model, references = fields.pop("model"), fields.pop("references", {})
+    states = fields.pop("optimizer", {"state": {}})["state"]
+    groups = {"model": model, "references": references, **states}
+    _check_tensors(groups, num_bytes)
+    scale = model["logit_scale"]
+    if scale.ndim or not abs(scale.item()) <= math.log(MAX_LOGIT_SCALE) + 1e-4:
+        raise ValueError("its logit_scale is not a number within the clamp")
+    check(fields, SCHEMA, "its content")
+    for name, value in fields["text_encoder"].items():
+        counts_layers = "layers" in str(name) or "group" in str(name)
+        integers = range(101) if counts_layers else range(-100, 1_000_001)
+        rates = (0.0, 1.0 if "drop" in str(name) else 1e6)
+        rule = [integers, rates, {None, True, False}, 100, list, dict]
+        check(value, rule, f"its text encoder's {short(name)}")
+
+
+def _check_tensors(groups: dict[Any, dict[str, Any]], num_bytes: int) -> None:
+    """Raises `ValueError` unless all are dense, with storages of their own, `num_bytes` in all."""
+    owners = set()
+    for group, tensors in groups.items():
+        for name, tensor in tensors.items():
+            if not _is_dense(tensor) or tensor.data_ptr() in owners:
+                raise ValueError(
+                    f"its {short(group)} {short(name)} is not a dense tensor of its own storage"
+                )
+            if tensor.numel():
+                owners.add(tensor.data_ptr())
+                num_bytes -= tensor.untyped_storage().nbytes()
+    if num_bytes:
+        raise ValueError("its tensors have other sizes than its records")
+
+
+def _is_dense(tensor: Any) -> bool:
+    """Whether it is a tensor of numbers that fills its storage, in any order of dimensions."""
+    if type(tensor) is not Tensor or tensor.dtype not in DTYPES or tensor.requires_grad:
+        return False
+    strides = tensor.squeeze()  # of dimensions of one element the stride has no meaning
+    order = sorted(range(strides.ndim), key=strides.stride, reverse=True)  # such as channels_last
+    num_bytes = tensor.numel() * tensor.element_size()
+    fills = num_bytes == tensor.untyped_storage().nbytes()
+    return fills and not tensor.is_neg() and strides.permute(order).is_contiguous()
+
+
+def _checkpoint_of(content: dict[str, Any], checksums: list[tuple[str, int]]) -> Checkpoint:
+    """The validated content of a file as a `Checkpoint`."""
+    # Checkpoints older than stochastic depth lack the setting and were trained without it.
+    config = Config(**{"drop_path": 0.0, **content["config"]})
+    references = None
+    if "references" in content:
+        references = References(**content["references"])
+        _validate_references(references, config.projection_dim)
     training = None
     if "optimizer" in content:
         training = TrainingState(
-            optimizer=content["optimizer"],
-            scheduler=content["schedule"],
+            optimizer=content["optimizer"]["state"],
             scaler=content["scaler"],
             history=content["history"],
+            data=content.get("data"),
         )
     return Checkpoint(
-        # Checkpoints older than stochastic depth lack the setting and were trained without it.
-        config=Config(**{"drop_path": 0.0, **content["config"]}),
+        config=config,
         image_encoder=content["image_encoder"],
         text_encoder=content["text_encoder"],
-        tokenizer=Tokenizer.from_str(content["tokenizer"]),
+        tokenizer=read_tokenizer(content["tokenizer"]),
         example_query=content["example_query"],
-        model=content["model"],
+        model=dict(content["model"]),
         fingerprint=hashlib.sha256(repr(checksums).encode()).hexdigest(),
+        references=references,
         training=training,
     )
+
+
+def _validate_references(references: References, projection_dim: int) -> None:
+    shape = (len(references.images), projection_dim)
+    for tensor in (references.images, references.texts):
+        if (
+            tensor.dtype is not torch.float16
+            or tensor.shape != shape
+            or not tensor.isfinite().all()
+        ):
+            raise ValueError("its references are not unit vectors of its embedding dimension")
 
 
 def load_tower(checkpoint: Checkpoint, part: str) -> Tower:
@@ -575,17 +752,24 @@ def _build_and_load(build: Callable[[], Any], state: dict[str, Tensor], what: st
     Names and shapes are compared on the meta device first, before memory is allocated. Raises
     `UserError` if they differ or the module cannot be built.
     """
+    import torch._dynamo
+
     try:
         with torch.device("meta"):
-            expected = build().state_dict()
+            built = build()
     except Exception as error:  # a hostile description can raise anything
-        raise UserError(f"the {what} of the checkpoint cannot be built: {error}") from None
+        reason = textwrap.shorten(str(error), 150)
+        raise UserError(f"the {what} of the checkpoint cannot be built: {reason}") from None
+    expected = built.state_dict()
     differing = expected.keys() ^ state.keys()
     for name in expected.keys() & state.keys():
-        if expected[name].shape != state[name].shape:
+        if expected[name].shape != state[name].shape or expected[name].dtype != state[name].dtype:
             differing.add(name)
     if differing:
         raise UserError(f"the checkpoint's tensors do not fit its {what}: {min(differing)}")
+    extra = sum(buffer.numel() for name, buffer in built.named_buffers() if name not in expected)
+    if extra > MAX_BUFFER:
+        raise UserError(f"the {what} of the checkpoint cannot be built: its buffers are too large")
     module = build()
     module.load_state_dict(state)
     return module.eval()
@@ -602,10 +786,10 @@ def _rebuild_image_encoder(checkpoint: Checkpoint) -> ImageEncoder:
 
     name = checkpoint.image_encoder["name"]
     arguments = checkpoint.image_encoder["arguments"]
-    if name not in timm.list_models() or not arguments.keys() <= IMAGE_ENCODER_ARGS:
+    if name not in timm.list_models() or not arguments.keys() <= IMAGE_ENCODER_ARGS.keys():
         raise UserError(f"timm has no image encoder {name!r} with {sorted(arguments)}")
     config = checkpoint.config
-    return ImageEncoder(name, config.image_size, drop_path=config.drop_path, **arguments)
+    return ImageEncoder(name, config.image_size, drop_path=max(0.0, config.drop_path), **arguments)
 
 
 def _rebuild_text_encoder(checkpoint: Checkpoint) -> TextEncoder:
@@ -613,18 +797,24 @@ def _rebuild_text_encoder(checkpoint: Checkpoint) -> TextEncoder:
 
     stored = checkpoint.text_encoder
     kind = stored["model_type"]
-    if kind not in CONFIG_MAPPING:
-        raise UserError(f"transformers has no text encoder {kind!r}")
-    known = CONFIG_MAPPING[kind]().to_dict().keys() - {"model_type"}
-    settings = {
-        name: value for name, value in stored.items() if name in known and not name.startswith("_")
-    }
+    if kind not in TEXT_ENCODERS:
+        raise UserError(f"the text encoder {short(kind)} is not supported")
+    defaults = CONFIG_MAPPING[kind]().to_dict()
+    ignored = {"model_type", "architectures", "id2label", "label2id", "transformers_version"}
+    settings = {}
+    for name, value in stored.items():
+        if name in defaults.keys() - ignored and not name.startswith("_"):
+            settings[name] = TEXT_SETTINGS.get(name, value)
+    if settings.get("dtype"):
+        settings["dtype"] = "float32"  # of the tensors, whatever the pretrained ones were
     model_config = AutoConfig.for_model(kind, **settings)
     _check_text_config(kind, model_config)
     largest_id = max(checkpoint.tokenizer.get_vocab().values())
     too_many_layers = model_config.num_hidden_layers > len(checkpoint.model)
     if largest_id >= model_config.vocab_size or too_many_layers:
         raise UserError("its vocabulary or its layers are not those of its tokenizer and tensors")
+    if checkpoint.tokenizer.truncation["max_length"] > model_config.max_position_embeddings:
+        raise UserError("its tokenizer gives more tokens than its text encoder has positions")
     return TextEncoder(AutoModel.from_config(model_config, trust_remote_code=False))
 
 

@@ -59,7 +59,10 @@ def test_config_defaults_train_pretrained_encoders_on_flickr8k():
     assert (config.freeze_image_encoder, config.freeze_text_encoder) == (0.5, 0.0)
     assert (config.image_size, config.projection_dim) == (224, 256)
     assert config.temperature == 0.07
-    assert (config.dropout, config.drop_path) == (0.3, 0.1)
+    assert (config.dropout, config.drop_path) == (
+        0.3,
+        -1,
+    )  # 0.1 if the encoder has stochastic depth
     assert config.head_lr > config.image_lr and config.head_lr > config.text_lr
 
 
@@ -333,3 +336,36 @@ def test_settings_out_of_range_raise_value_error(settings: type, values: dict, m
 def test_settings_are_frozen(settings: Config | SearchConfig):
     with pytest.raises(AttributeError):
         settings.device = "cpu"
+
+
+# ---------------------------------------------------------------- flags that exclude others
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--evaluate", "--images", "photos"], "--images: has no effect with --evaluate"),
+        (["--evaluate", "--query", "a dog"], "--query: has no effect with --evaluate"),
+        (["--image", "x.jpg", "--images", "photos"], "--images: has no effect with --image"),
+        (["--like", "x.jpg", "--query", "a dog"], "--query: has no effect with --like"),
+        (["--like", "x.jpg", "--image", "y.jpg"], "--like: has no effect with --image"),
+        (["--images", "photos", "--data-dir", "d"], "--data-dir: has no effect with --images"),
+    ],
+)
+def test_search_config_rejects_flags_without_effect(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(SearchConfig, ["--weights", "best.pt", *arguments])
+    assert stop.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_config_rejects_resume_with_init_from():
+    with pytest.raises(ValueError, match=r"--init-from: .* --resume"):
+        Config(resume="last.pt", init_from="best.pt")
+
+
+def test_parse_ignores_the_arguments_of_a_notebook_kernel(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
+    monkeypatch.setitem(sys.modules, "ipykernel", object())
+    assert parse(Config) == Config()
+    assert parse(Config, ["--epochs", "3"]).epochs == 3

@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import CAPTIONS, CONFIG, build, random_pixels, script
+from conftest import CAPTIONS, CONFIG, ROOT, build, random_pixels, script
 from PIL import Image
 from timm.layers import DropPath
 from timm.models import save_for_hf
@@ -33,7 +33,8 @@ from transformers import (
 )
 from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 
-from config import Config, UserError
+import trainer
+from config import Config, UserError, parse
 from data import Transform, atomic_write, list_images, load_image, stack_images, tokenize
 from models import (
     CLIP,
@@ -203,6 +204,74 @@ def test_chance_loss_is_the_loss_of_equal_embeddings(batch_size: int) -> None:
     assert chance_loss(batch_size) == pytest.approx(loss_of_equal_embeddings(batch_size), rel=1e-5)
 
 
+def loss_and_gradients(caption_ids: Tensor | None, rows: slice = slice(None)) -> list[Tensor]:
+    """Of six pairs."""
+    inputs = [unit_vectors(6, seed=0), unit_vectors(6, seed=1), torch.tensor(14.0)]
+    for tensor in inputs:
+        tensor.requires_grad_()
+    loss = contrastive_loss(*inputs, rows, caption_ids)
+    return [loss, *torch.autograd.grad(loss, inputs)]
+
+
+def test_contrastive_loss_ignores_ids_that_all_differ() -> None:
+    """To the last bit, gradients included."""
+    ids = torch.tensor([5, -(2**63), 2**63 - 1, 0, 1, 2])
+    for ours, theirs in zip(loss_and_gradients(ids), loss_and_gradients(None), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("rows", [slice(None), slice(0, 3), slice(3, 6)])
+def test_contrastive_loss_takes_no_equal_captions_as_negatives(rows: slice) -> None:
+    """Each pair's two losses are over the pairs with other captions and itself."""
+    ids = torch.tensor([7, 8, 7, 9, 8, 7])
+    images, texts = unit_vectors(6, seed=0), unit_vectors(6, seed=1)
+    losses = []
+    for i in range(6)[rows]:
+        others = [j for j in range(6) if ids[j] != ids[i]]
+        for query, targets in ((images[i], texts), (texts[i], images)):
+            logits = 14.0 * targets[[i, *others]] @ query
+            losses.append(-logits.log_softmax(dim=0)[0])
+    loss, *gradients = loss_and_gradients(ids, rows)
+    assert loss.item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+GATHERED_LOSS = """
+import sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import test_models
+import torch
+from config import Config
+from models import contrastive_loss
+from trainer import Distributed
+
+dist = Distributed.init(Config(device="cpu"))
+images, texts = test_models.unit_vectors(6, seed=0), test_models.unit_vectors(6, seed=1)
+ids = torch.tensor([7, 2**62 + 1, 7, 9, 2**62 + 1, 7])
+whole = contrastive_loss(images, texts, torch.tensor(14.0), caption_ids=ids)
+rows = dist.local_slice(6)
+parts = [dist.all_gather(tensor[rows]) for tensor in (images, texts)]
+loss = contrastive_loss(*parts, torch.tensor(14.0), rows, dist.all_gather(ids[rows]))
+torch.testing.assert_close(dist.all_reduce_mean(loss), whole)
+assert contrastive_loss(*parts, torch.tensor(14.0), rows) != loss
+dist.close()
+"""
+
+
+@pytest.mark.slow
+def test_contrastive_loss_knows_equal_captions_of_other_processes(workdir: Path) -> None:
+    program = GATHERED_LOSS.format(root=str(ROOT), tests=str(ROOT / "tests"))
+    (workdir / "gathered.py").write_text(program)
+    run = script(str(workdir / "gathered.py"), cwd=workdir, processes=2)
+    assert run.returncode == 0, run.stderr
+
+
+def test_contrastive_loss_of_equal_captions_alone_is_zero() -> None:
+    loss, *gradients = loss_and_gradients(torch.full((6,), 3))
+    assert loss.item() == 0
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
 def test_contrastive_loss_has_a_gradient_for_every_input() -> None:
     inputs = [unit_vectors(6, seed=0), unit_vectors(6, seed=1), torch.tensor(14.0)]
     for tensor in inputs:
@@ -348,6 +417,43 @@ def test_build_image_encoder_rejects_unsupported_drop_path() -> None:
         build_image_encoder(replace(config, drop_path=0.1))
     assert "\n" not in str(error.value)
     assert build_image_encoder(replace(config, drop_path=0.0)).feature_dim == 1280
+
+
+@pytest.mark.parametrize("name", ["ghostnet_050", "densenet121", "vgg11"])
+def test_build_image_encoder_leaves_out_default_drop_path(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = replace(CONFIG, image_encoder=name, drop_path=Config.drop_path)
+    encoder = build_image_encoder(config)
+    assert encoder.drop_path == 0.0
+    stdout = capsys.readouterr().out
+    assert stdout == f"model: {name} has no stochastic depth and is trained without it\n"
+
+
+def test_build_image_encoder_has_default_drop_path(capsys: pytest.CaptureFixture[str]) -> None:
+    encoder = build_image_encoder(replace(CONFIG, drop_path=Config.drop_path))
+    assert encoder.drop_path == 0.1
+    assert max(drop_path_rates(encoder)) == pytest.approx(0.1)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("name", "rate"), [("test_resnet", 0.1), ("ghostnet_050", 0.0)])
+def test_run_saves_the_drop_path_that_it_has(
+    name: str, rate: float, shapes: Path, workdir: Path
+) -> None:
+    """Its checkpoints contain the rate itself, not that it was left to the encoder."""
+    flags = ["--demo", "--data-dir", str(shapes), "--image-encoder", name, "--drop-path", "-1"]
+    flags += ["--image-size", "32", "--batch-size", "8", "--device", "cpu", "--num-workers", "0"]
+    run = trainer.setup(parse(Config, flags), None)
+    assert run.config.drop_path == rate
+    content = trainer.checkpoint_of(run)
+    assert content["config"]["drop_path"] == rate
+
+
+@pytest.mark.parametrize("drop_path", [-0.5, -2.0, 0.95, float("nan")])
+def test_config_rejects_drop_path_out_of_range(drop_path: float) -> None:
+    with pytest.raises(ValueError, match=r"--drop-path .*must be between"):
+        Config(drop_path=drop_path)
 
 
 def assert_same_state(model: nn.Module, other: nn.Module) -> None:

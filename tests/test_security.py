@@ -166,10 +166,10 @@ def test_resume_ignores_download_url_of_checkpoint(
         "download_url": "http://stranger.example/",
         "demo": False,
     }
-    torch.save(content, "stranger.pt")
     (workdir / "runs/demo").mkdir(parents=True)
+    torch.save(content, "runs/demo/last.pt")
     shutil.copy(trained / "best.pt", "runs/demo")  # without it the run is not resumed at all
-    error_message(train, "--resume", "stranger.pt")
+    error_message(train, "--resume", "runs/demo/last.pt")
     assert "stranger.example" not in str(connections)
     assert "github.com" in str(connections)
 
