@@ -2,6 +2,7 @@
 
 python inference.py --weights runs/demo/best.pt --n 8
 python inference.py --weights runs/clip/best.pt --images ~/Pictures --query "a dog on a beach"
+python inference.py --weights runs/clip/best.pt --like photo.jpg --images ~/Pictures
 python inference.py --weights runs/clip/best.pt --image photo.jpg --query "a dog" --query "a cat"
 python inference.py --weights runs/clip/best.pt --evaluate
 """
@@ -12,6 +13,7 @@ import math
 import os
 import sys
 import textwrap
+import zlib
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -28,6 +30,8 @@ from torch.utils.data import Dataset
 
 from config import Config, SearchConfig, UserError, cli_errors, parse, progress
 from data import (
+    DECODING,
+    ImageSource,
     Split,
     Transform,
     atomic_write,
@@ -35,12 +39,14 @@ from data import (
     list_images,
     load_image,
     read_splits,
+    remove_leftovers,
     stack_images,
     tokenize,
 )
 from models import (
     CLIP,
     EVAL_SCALE,
+    References,
     Tower,
     eval_image_size,
     load_checkpoint,
@@ -53,9 +59,18 @@ RECALL_KS = (1, 5, 10)
 DIRECTIONS = {"t2i": "text to image", "i2t": "image to text"}
 METRICS = [f"{way}_{name}" for way in DIRECTIONS for name in ("r1", "r5", "r10", "medr")]
 RECALLS = [name for name in METRICS if not name.endswith("medr")]
-ENCODE_BATCH = 64  # images
+ENCODE_BATCH = 64  # images, of at most ENCODE_PIXELS in all
+ENCODE_PIXELS = 64 * 384**2
+INDEX_FORMAT = 2
 SCORES_PER_BLOCK = 2**24  # of a ranking: 64 MB of float32
 GROUP = 64  # scores of which `_candidates` compares the maximum first
+# Nearest neighbor normalization; chosen on the dev split of Flickr8k (tests/benchmarks/RESULTS.md).
+NNN_K = 16  # nearest references, of at least MIN_REFERENCES
+NNN_ALPHA = 0.75  # weight of the bias
+MAX_REFERENCES = 10_000
+MIN_REFERENCES = 1000  # fewer would hurt
+THUMBNAIL_SIDE = 300  # pixels
+DARK = 16  # an image whose pixels are all below this, of 255, is nearly black
 
 
 # ---------------------------------------------------------------- encoding
@@ -73,7 +88,7 @@ class ImageDataset(Dataset):
 
     def __getitem__(self, index: int) -> np.ndarray | UserError:
         try:
-            return self.transform(load_image(self.paths[index]))
+            return self.transform(load_image(self.paths[index], self.transform.min_side))
         except UserError as error:
             return error
 
@@ -92,10 +107,12 @@ def encode_images(
         # The encoder needs every core, and after a fork each page of the process's memory is
         # copied when it is next written.
         num_workers = 0
-    dataset = ImageDataset(paths, eval_image_size(tower, config))
-    loader = build_loader(dataset, num_workers, device, collate_fn=list, batch_size=ENCODE_BATCH)
+    size = eval_image_size(tower, config)
+    dataset = ImageDataset(paths, size)
+    batch_size = max(1, min(ENCODE_BATCH, ENCODE_PIXELS // size**2))
+    loader = build_loader(dataset, num_workers, device, collate_fn=list, batch_size=batch_size)
     embeddings = torch.empty(len(paths), config.projection_dim)
-    num_encoded = 0
+    num_encoded = num_dark = 0
     errors: dict[int, UserError] = {}
     start = 0  # index in `paths` of the batch's first item
     for items in progress(loader, "encoding images", leave=False):
@@ -106,10 +123,14 @@ def encode_images(
             else:
                 images.append(item)
         if images:
-            batch = stack_images(images).to(device)  # (b, 3, S, S)
+            batch = stack_images(images)  # (b, 3, S, S)
+            num_dark += int((batch.amax(dim=(1, 2, 3)) < DARK).sum())
+            batch = batch.to(device)
             embeddings[num_encoded : num_encoded + len(images)] = tower(batch).cpu()
         num_encoded += len(images)
         start += len(items)
+    if 2 * num_dark > num_encoded:
+        print(f"{num_dark:,} of {num_encoded:,} images are nearly black; are their values scaled?")
     return embeddings[:num_encoded], errors
 
 
@@ -121,9 +142,61 @@ def encode_texts(
     by_length = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # batches with less padding
     embeddings = []
     for start in progress(range(0, len(texts), 256), "encoding texts", leave=False):
-        ids, mask = tokenize(tokenizer, [texts[i] for i in by_length[start : start + 256]])
+        ids, mask = _tokenize(tokenizer, [texts[i] for i in by_length[start : start + 256]])
         embeddings.append(tower(ids.to(device), mask.to(device)).cpu())
     return torch.cat(embeddings)[np.argsort(by_length)]
+
+
+def _tokenize(tokenizer: Tokenizer, texts: list[str]) -> tuple[Tensor, Tensor]:
+    """`data.tokenize`; a stranger's tokenizer can raise anything, such as a PanicException."""
+    try:
+        return tokenize(tokenizer, texts)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise UserError(f"the checkpoint's tokenizer cannot encode a text: {error}") from None
+
+
+# ---------------------------------------------------------------- hub correction
+
+
+def encode_references(
+    model: CLIP, tokenizer: Tokenizer, split: Split, config: Config, device: torch.device
+) -> References | None:
+    """Embeddings of at most 10,000 training images and one caption of each, sampled by the seed.
+
+    None for a training split that is too small to estimate the bias of hubs from.
+    """
+    if len(split.paths) < MIN_REFERENCES:
+        return None
+    rng = np.random.default_rng(config.seed)
+    indices = np.sort(rng.permutation(len(split.paths))[:MAX_REFERENCES])
+    captions = []
+    for index in indices:
+        captions.append(split.captions[index][rng.integers(len(split.captions[index]))])
+    paths = [split.paths[index] for index in indices]
+    images, errors = encode_images(model.image, paths, config, device)
+    if errors:
+        raise next(iter(errors.values()))
+    texts = encode_texts(model.text, tokenizer, captions, device)
+    return References(images.half(), texts.half())
+
+
+def hub_bias(embeddings: Tensor, references: Tensor, block_size: int = 4096) -> Tensor:
+    """The bias (N,) to subtract from the cosines of unit vectors (N, D) with queries.
+
+    Nearest neighbor normalization (arXiv 2410.24114): a constant times the mean of the k largest
+    cosines with `references` (R, D), queries of the training data. It is large for a hub, which is
+    near to every query and would crowd out right answers.
+    """
+    queries = references.float().numpy()
+    bias = np.empty(len(embeddings), np.float32)
+    for start in range(0, len(embeddings), block_size):
+        block = embeddings[start : start + block_size].numpy()
+        cosines = block @ queries.T  # (b, D) @ (D, R)
+        nearest = np.partition(cosines, -NNN_K, axis=1)[:, -NNN_K:]  # (b, k)
+        bias[start : start + block_size] = NNN_ALPHA * nearest.mean(axis=1)
+    return torch.from_numpy(bias)
 
 
 # ---------------------------------------------------------------- ranking
@@ -194,32 +267,32 @@ def _topk(scores: np.ndarray, indices: np.ndarray, n: int) -> tuple[np.ndarray, 
 
 
 def retrieval_metrics(
-    image_embeddings: Tensor, text_embeddings: Tensor, image_of_text: Tensor, block_size: int = 256
+    image_embeddings: Tensor,
+    text_embeddings: Tensor,
+    image_of_text: Tensor,
+    block_size: int = 256,
+    image_bias: Tensor | float = 0.0,
+    text_bias: Tensor | float = 0.0,
+    text_ids: Tensor | None = None,
 ) -> dict[str, float]:
     """Recall at 1, 5 and 10 in percent and median rank, text to image (t2i) and back (i2t).
 
     Protocol of Hodosh et al. (2013) as the field uses it: each of the M texts ranks all N images.
-    Each image ranks all texts, and the first of its own texts counts. An equal score ranks before
-    the right answer, so that a model with equal embeddings scores 0.
+    Each image ranks all texts, and the first of its own texts counts. So does the first image of a
+    text that several images have as their caption. An equal score ranks before the right answer,
+    so that a model with equal embeddings scores 0.
 
     `image_embeddings` (N, D), `text_embeddings` (M, D), `image_of_text` (M,): index of the image
-    that each text belongs to.
+    that each text belongs to. The biases (N,) and (M,) are subtracted from the cosines. If images
+    share texts, there are P captions: `image_of_text` (P,) is the image of each caption, and
+    `text_ids` (P,) its text.
     """
-    num_images, num_texts = len(image_embeddings), len(text_embeddings)
-    t2i_ranks = torch.empty(num_texts)
-    for start in range(0, num_texts, block_size):
-        rows = slice(start, start + block_size)
-        scores = cosine_similarity(text_embeddings[rows], image_embeddings)  # (b, N)
-        right = scores.gather(1, image_of_text[rows, None])  # (b, 1)
-        # Not >=, so that a NaN ranks before the right answer. Counts the right answer itself.
-        t2i_ranks[rows] = (~(scores < right)).sum(dim=1)
-    i2t_ranks = torch.empty(num_images)
-    for start in range(0, num_images, block_size):
-        rows = slice(start, start + block_size)
-        scores = cosine_similarity(image_embeddings[rows], text_embeddings)  # (b, M)
-        own = image_of_text == torch.arange(num_images)[rows, None]  # (b, M)
-        best_own = scores.masked_fill(~own, -math.inf).amax(dim=1, keepdim=True)  # (b, 1)
-        i2t_ranks[rows] = 1 + (~(scores < best_own) & ~own).sum(dim=1)
+    if text_ids is None:
+        text_ids = torch.arange(len(text_embeddings))
+    pairs = torch.stack([text_ids, image_of_text]).unique(dim=1)  # (2, P)
+    t2i_ranks = _first_right_ranks(text_embeddings, image_embeddings, image_bias, pairs, block_size)
+    pairs = pairs.flip(0)
+    i2t_ranks = _first_right_ranks(image_embeddings, text_embeddings, text_bias, pairs, block_size)
     metrics = {}
     for direction, ranks in (("t2i", t2i_ranks), ("i2t", i2t_ranks)):
         for k in RECALL_KS:
@@ -228,40 +301,90 @@ def retrieval_metrics(
     return metrics
 
 
+def _first_right_ranks(
+    queries: Tensor, items: Tensor, bias: Tensor | float, pairs: Tensor, block_size: int
+) -> Tensor:
+    """For each query (Q, D) the rank of the first of its right answers among the items (N, D).
+
+    `pairs` (2, P) are queries and their right answers, without repetition. Every wrong item ranks
+    before the right one unless its score is less.
+    """
+    ranks = torch.empty(len(queries))
+    for start in range(0, len(queries), block_size):
+        scores = cosine_similarity(queries[start : start + block_size], items) - bias  # (b, N)
+        in_block = (pairs[0] >= start) & (pairs[0] < start + block_size)
+        query, item = pairs[:, in_block] - torch.tensor([[start], [0]])
+        right = scores[query, item]  # (p,)
+        best = torch.full((len(scores),), -math.inf).scatter_reduce(0, query, right, "amax")  # (b,)
+        num_before = (~(scores < best[:, None])).sum(dim=1)  # right ones too
+        num_right = torch.zeros_like(num_before).index_add(
+            0, query, (~(right < best[query])).long()
+        )
+        ranks[start : start + block_size] = 1 + num_before - num_right
+    return ranks
+
+
 def recall_at_k(ranks: Tensor, k: int) -> float:
     """Percentage of `ranks`, which start at 1, that are k or better."""
     return 100 * (ranks <= k).sum().item() / len(ranks)
 
 
 def evaluate(
-    model: CLIP, tokenizer: Tokenizer, split: Split, config: Config, device: torch.device
+    model: CLIP,
+    tokenizer: Tokenizer,
+    split: Split,
+    config: Config,
+    device: torch.device,
+    references: References | None = None,
 ) -> dict[str, float]:
-    """`retrieval_metrics` of a split: each image once, with all its captions.
+    """`retrieval_metrics` of a split: each image once, and each text once.
 
-    Raises `UserError` for an image that cannot be read.
+    A caption of several images is a right answer for all of them.
+
+    With `references` also the metrics with hub correction, whose names end in `_nnn`. Raises
+    `UserError` for an image that cannot be read.
     """
     images, errors = encode_images(model.image, split.paths, config, device)
     if errors:
         raise next(iter(errors.values()))
-    texts = encode_texts(model.text, tokenizer, split.texts, device)
+    row_of: dict[str, int] = {}  # of each text, in the order of the images
+    for text in split.texts:
+        row_of.setdefault(" ".join(text.split()), len(row_of))
+    text_ids = torch.tensor([row_of[" ".join(text.split())] for text in split.texts])
     captions_per_image = torch.tensor([len(captions) for captions in split.captions])
     image_of_text = torch.arange(len(images)).repeat_interleave(captions_per_image)
-    return retrieval_metrics(images, texts, image_of_text)
+
+    texts = encode_texts(model.text, tokenizer, list(row_of), device)
+    metrics = retrieval_metrics(images, texts, image_of_text, text_ids=text_ids)
+    if references:
+        image_bias = hub_bias(images, references.texts)
+        text_bias = hub_bias(texts, references.images)
+        corrected = retrieval_metrics(
+            images,
+            texts,
+            image_of_text,
+            image_bias=image_bias,
+            text_bias=text_bias,
+            text_ids=text_ids,
+        )
+        metrics |= {f"{name}_nnn": value for name, value in corrected.items()}
+    return metrics
 
 
-def format_metrics(metrics: dict[str, float]) -> str:
-    """The metrics in one line."""
+def format_metrics(metrics: dict[str, float], suffix: str = "") -> str:
+    """The metrics whose names end in `suffix` in one line."""
     parts = []
     for direction, name in DIRECTIONS.items():
-        recalls = " / ".join(f"{metrics[f'{direction}_r{k}']:.1f}" for k in RECALL_KS)
-        median_rank = metrics[f"{direction}_medr"]
+        recalls = " / ".join(f"{metrics[f'{direction}_r{k}{suffix}']:.1f}" for k in RECALL_KS)
+        median_rank = metrics[f"{direction}_medr{suffix}"]
         parts.append(f"{name} R@1/5/10 {recalls}, median rank {median_rank:g}")
     return "; ".join(parts)
 
 
 # ---------------------------------------------------------------- the embedding index
 
-Signature = tuple[str, int, int]  # absolute path, size in bytes, modification time in nanoseconds
+# Absolute path, size in bytes, times of the last change of content and of name, inode.
+Signature = tuple[str, int, int, int, int]
 
 
 def _file_signature(path: Path) -> Signature:
@@ -269,27 +392,29 @@ def _file_signature(path: Path) -> Signature:
     try:
         stat = path.stat()
     except OSError:  # such as a dangling link; `load_image` will name it
-        return os.path.abspath(path), -1, -1
-    return os.path.abspath(path), stat.st_size, stat.st_mtime_ns
+        return os.path.abspath(path), -1, -1, -1, -1
+    path = os.path.abspath(path)
+    return path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
 
 
 class EmbeddingIndex:
     """The embeddings of one folder's images, in files beside the checkpoint that made them.
 
-    `NAME.json` lists the images. The embeddings are a plain .npy array (N, D) `float32`, mapped
-    into memory. Its file name contains the digest of the list, so that a list is never used with
-    the array of another.
+    `NAME.json` lists the images. The embeddings are a plain .npy array (N, `width`) `float32`,
+    mapped into memory. Its file name contains the digest of the list, and the list its checksum, so
+    that neither a damaged array nor that of another list is used.
     """
 
-    def __init__(self, folder: Path, name: str, model_id: str, projection_dim: int) -> None:
+    def __init__(self, folder: Path, name: str, model_id: str, width: int) -> None:
         self.folder = folder
         self.name = _digest(name)
         self.model_id = model_id
-        self.projection_dim = projection_dim
+        self.width = width
 
     def read(self) -> tuple[list[Signature], np.ndarray]:
         """The images and their embeddings; both empty if there is no valid index of this model."""
-        empty = [], np.empty((0, self.projection_dim), np.float32)
+        empty = [], np.empty((0, self.width), np.float32)
+        remove_leftovers(self.folder, "*")
         listing = self.folder / f"{self.name}.json"
         if not listing.is_file():
             return empty
@@ -300,24 +425,32 @@ class EmbeddingIndex:
                 return empty
             signatures = [tuple(signature) for signature in content["images"]]
             array = self._array_path(text)
+            if not array.is_file():  # a named pipe would block
+                raise ValueError("its array is missing")
             embeddings = np.load(array, mmap_mode="c", allow_pickle=False)
             self._validate(signatures, embeddings)
+            if zlib.crc32(embeddings) != content["checksum"]:
+                raise ValueError("its array has another checksum")
         except Exception as error:  # a damaged or hostile file can raise anything
             print(f"{listing}: is damaged and built again ({error})")
             return empty
         return signatures, embeddings
 
     def _validate(self, signatures: list[Signature], embeddings: np.ndarray) -> None:
-        shape = (len(signatures), self.projection_dim)
+        shape = (len(signatures), self.width)
         if embeddings.shape != shape or embeddings.dtype != np.float32:
             raise ValueError("its array does not fit its list")
-        row_sums = embeddings @ np.ones(self.projection_dim, np.float32)
+        if len(set(signatures)) < len(signatures):
+            raise ValueError("its list contains an image twice")
+        row_sums = embeddings @ np.ones(self.width, np.float32)
         if not np.isfinite(row_sums).all():
             raise ValueError("its array contains values that are not finite")
 
     def write(self, signatures: list[Signature], embeddings: np.ndarray) -> None:
         """Replaces the index; prints a line if the folder cannot be written."""
-        text = json.dumps({"model": self.model_id, "images": signatures})
+        checksum = zlib.crc32(np.ascontiguousarray(embeddings))
+        content = {"model": self.model_id, "images": signatures, "checksum": checksum}
+        text = json.dumps(content)
         array = self._array_path(text)
         try:
             self.folder.mkdir(exist_ok=True)
@@ -344,28 +477,48 @@ def _digest(text: str) -> str:
 class Match:
     """A text and an image that match.
 
-    `score` is their cosine (`Searcher.search`) or the text's probability (`Searcher.classify`).
+    `score` is what they are ranked by: their cosine, with hub correction less the image's bias
+    (`Searcher.search`), or the text's probability (`Searcher.classify`).
     """
 
     query: str
     rank: int
     score: float
+    cosine: float
     path: Path
 
 
 class Searcher:
     """A checkpoint ready for queries.
 
-    Searcher("best.pt").search(["a dog"], images="my/folder", n=8)
+    searcher = Searcher("best.pt")
+    searcher.search(["a dog"], images="my/folder", n=8)  # images that match texts
+    searcher.similar("photo.jpg", images="my/folder")  # images that are like an image
+    searcher.classify("photo.jpg", ["a dog", "a cat"])  # probabilities of texts
     """
 
-    def __init__(self, weights: str | Path, device: str = "auto", num_workers: int = -1) -> None:
-        """Raises `UserError` if `weights` is not a checkpoint of this program."""
+    def __init__(
+        self,
+        weights: str | Path,
+        device: str = "auto",
+        num_workers: int = -1,
+        nnn: bool = True,
+        data_dir: str | Path | None = None,
+    ) -> None:
+        """Without `nnn` images are ranked by their cosines, without hub correction. `data_dir` is
+        the folder of the data set, if it is not where the model was trained.
+
+        Raises `UserError` if `weights` is not a checkpoint of this program.
+        """
         self.checkpoint_path = Path(weights)
-        self.checkpoint = load_checkpoint(weights)
+        self.checkpoint = load_checkpoint(weights, mmap=True)
         self.config = replace(self.checkpoint.config, num_workers=num_workers)
+        if data_dir is not None:
+            self.config = replace(self.config, data_dir=str(data_dir))
         self.tokenizer = self.checkpoint.tokenizer
         self.device = pick_device(device)
+        self.has_bias = self.checkpoint.references is not None
+        self.nnn = nnn and self.has_bias
 
     @cached_property
     def image_tower(self) -> Tower:
@@ -377,38 +530,85 @@ class Searcher:
         return load_tower(self.checkpoint, "text").to(self.device)
 
     def search(
-        self, queries: list[str], images: str | Path | None = None, n: int = 8
+        self, queries: str | list[str], images: str | Path | None = None, n: int = 8
     ) -> list[list[Match]]:
-        """For each query its n best matches, best first.
+        """For each query (a string is one query) its n best matches, best first.
 
         Searches the images in the folder `images` and its subfolders, or without one the test
         images of the data set that the model was trained on.
         """
-        paths, image_embeddings = self.index_images(images)
-        query_embeddings = encode_texts(self.text_tower, self.tokenizer, queries, self.device)
-        scores, indices = top_matches(query_embeddings, image_embeddings, n)  # (Q, n)
+        queries = [queries] if isinstance(queries, str) else list(queries)
+        vectors = self.encode_texts(queries)  # (Q, D)
+        return self._rank(queries, vectors, images, n, correct=self.nnn)
+
+    def similar(
+        self, image: ImageSource, images: str | Path | None = None, n: int = 8
+    ) -> list[Match]:
+        """The n images most similar to an image, by cosine; see `search` for `images`."""
+        name = "image" if isinstance(image, Image.Image) else str(image)
+        # Without hub correction, whose bias is estimated for queries that are texts.
+        return self._rank([name], self.encode_images([image]), images, n, correct=False)[0]
+
+    def _rank(
+        self,
+        queries: list[str],
+        vectors: Tensor,
+        images: str | Path | None,
+        n: int,
+        correct: bool,
+    ) -> list[list[Match]]:
+        """The n best images for each of the unit vectors (Q, D), named by `queries`."""
+        paths, rows = self._index(images)  # (N, D), or (N, D + 1) with minus the bias at the end
+        if self.has_bias:
+            weight_of_bias = torch.full((len(queries), 1), float(correct))
+            vectors = torch.hstack([vectors, weight_of_bias])  # (Q, D + 1)
+        scores, indices = top_matches(vectors, rows, n)  # (Q, n)
         if not scores.isfinite().all():
             raise UserError(f"{self.checkpoint_path}: is damaged, its cosines are not finite")
+        cosines = scores - rows[indices, -1] if correct else scores
         results = []
-        for query, row_scores, row_indices in zip(queries, scores.tolist(), indices.tolist()):
-            hits = zip(row_scores, row_indices)
-            matches = [Match(query, i, score, paths[at]) for i, (score, at) in enumerate(hits, 1)]
+        for i, query in enumerate(queries):
+            hits = zip(scores[i].tolist(), cosines[i].tolist(), indices[i].tolist())
+            matches = []
+            for rank, (score, cosine, index) in enumerate(hits, start=1):
+                matches.append(Match(query, rank, score, cosine, paths[index]))
             results.append(matches)
         return results
 
-    def classify(self, image: str | Path, texts: list[str], n: int = 8) -> list[Match]:
-        """The n most probable of `texts` for an image: zero-shot classification, section 3.1."""
-        path = Path(image)
+    def encode_texts(self, texts: list[str]) -> Tensor:
+        """Unit vectors (Q, D) of texts, on the CPU."""
+        if not texts:
+            raise UserError("no text was passed, but at least one is needed")
+        return encode_texts(self.text_tower, self.tokenizer, texts, self.device)
+
+    @torch.inference_mode()
+    def encode_images(self, images: list[ImageSource]) -> Tensor:
+        """Unit vectors (N, D) of image files or PIL images, on the CPU.
+
+        Raises `UserError` for a file that cannot be read as an image.
+        """
         transform = Transform(eval_image_size(self.image_tower, self.config))
-        pixels = stack_images([transform(load_image(path))])  # (1, 3, S, S)
-        with torch.inference_mode():
-            image_embedding = self.image_tower(pixels.to(self.device)).cpu()  # (1, D)
-        text_embeddings = encode_texts(self.text_tower, self.tokenizer, texts, self.device)
+        embeddings = []
+        for image in images:
+            pixels = stack_images([transform(load_image(image, transform.min_side))])
+            embeddings.append(self.image_tower(pixels.to(self.device)).cpu())  # (1, D)
+        return torch.cat(embeddings)
+
+    def classify(self, image: ImageSource, texts: list[str], n: int = 8) -> list[Match]:
+        """The n most probable of `texts` for an image: zero-shot classification, section 3.1."""
+        path = Path("image") if isinstance(image, Image.Image) else Path(image)
+        texts = list(dict.fromkeys(" ".join(text.split()) for text in texts))  # each once
+        image_embedding = self.encode_images([image])  # (1, D)
+        text_embeddings = self.encode_texts(texts)  # (Q, D)
         cosines = cosine_similarity(image_embedding, text_embeddings)[0]  # (Q,)
         logits = self.checkpoint.model["logit_scale"].exp() * cosines
-        scores, indices = logits.softmax(dim=0).topk(min(n, len(texts)))
-        hits = zip(scores.tolist(), indices.tolist())
-        return [Match(texts[at], i, score, path) for i, (score, at) in enumerate(hits, start=1)]
+        if not logits.isfinite().all():
+            raise UserError(f"{self.checkpoint_path}: is damaged, its cosines are not finite")
+        probabilities, indices = logits.softmax(dim=0).topk(min(n, len(texts)))
+        matches = []
+        for rank, (score, i) in enumerate(zip(probabilities.tolist(), indices.tolist()), start=1):
+            matches.append(Match(texts[i], rank, score, cosines[i].item(), path))
+        return matches
 
     def index_images(self, images: str | Path | None = None) -> tuple[list[Path], Tensor]:
         """The readable images and their embeddings (N, D); see `search` for `images`.
@@ -416,6 +616,14 @@ class Searcher:
         Embeddings are kept in an index beside the checkpoint. Only images that are new or changed
         since then, by path, size and modification time, are encoded. Unreadable ones are tried
         again.
+        """
+        paths, rows = self._index(images)
+        return paths, rows[:, : self.config.projection_dim]
+
+    def _index(self, images: str | Path | None) -> tuple[list[Path], Tensor]:
+        """As `index_images`, with a last column of minus the images' bias if there are references.
+
+        With it, corrected scores are one inner product, with queries that end in 1.
         """
         # 1. List the images and read the index.
         paths = self._list_images(images)
@@ -438,6 +646,9 @@ class Searcher:
                 print(*(f"  {error}" for error in errors.values()), sep="\n")
             encoded = [s for i, (_, s) in enumerate(missing) if i not in errors]
             row_of |= {signature: row for row, signature in enumerate(encoded, start=len(known))}
+            if self.has_bias:
+                bias = hub_bias(new_embeddings, self.checkpoint.references.texts)
+                new_embeddings = torch.hstack([new_embeddings, -bias[:, None]])
             embeddings = np.concatenate([embeddings, new_embeddings.numpy()])
 
         # 3. Order the embeddings as the images, and save them.
@@ -452,10 +663,13 @@ class Searcher:
 
     def _list_images(self, images: str | Path | None) -> list[Path]:
         if images is None:
-            return self.test_split().paths
+            paths = self.test_split().paths
+            print(f"searching the {len(paths):,} test images of {self.config.data_dir}")
+            return paths
         paths = list_images(Path(images))
         if not paths:
             raise UserError(f"--images {images}: is not a folder that contains images")
+        print(f"searching {len(paths):,} images in {images}")
         return paths
 
     def _open_index(self, images: str | Path | None) -> EmbeddingIndex:
@@ -464,19 +678,21 @@ class Searcher:
             name = os.path.abspath(self.config.data_dir) + " test split"
         else:
             name = os.path.abspath(images)
-        # Embeddings of images encoded at another scale are not reused.
-        model_id = f"{self.checkpoint.fingerprint} at {EVAL_SCALE:.3f}"
-        return EmbeddingIndex(folder, name, model_id, self.config.projection_dim)
+        # Nothing is reused that was decoded otherwise or made with another size or correction.
+        settings = f"{INDEX_FORMAT} {EVAL_SCALE:.3f} {NNN_K} {NNN_ALPHA} {DECODING}"
+        model_id = f"{self.checkpoint.fingerprint} {settings}"
+        return EmbeddingIndex(folder, name, model_id, self.config.projection_dim + self.has_bias)
 
     def test_split(self) -> Split:
         """The test split of the data set that the model was trained on.
 
         Raises `UserError` if the data set is not where it was.
         """
-        if Path(self.config.data_dir).is_dir():
+        if Path(self.config.data_dir).exists():
             return read_splits(self.config.data_dir)["test"]
         raise UserError(
-            f"{self.config.data_dir}, the data set of the training, is not here; pass --images"
+            f"{self.config.data_dir}, the data set of the training, is not here; "
+            "pass --data-dir, or --images to search another folder"
         )
 
 
@@ -486,15 +702,20 @@ class Searcher:
 def show_matches(results: list[list[Match]], output: Path) -> None:
     """Prints the matches of each query and saves them as a figure or a table."""
     for matches in results:
-        print(f"\n{matches[0].query}\nrank  cosine  image")
+        corrected = any(match.score != match.cosine for match in matches)
+        print(f"\n{matches[0].query}")
+        print("rank   score  cosine  image" if corrected else "rank  cosine  image")
         for match in matches:
-            print(f"{match.rank:4}  {match.score:6.3f}  {match.path}")
+            score = f"{match.score:6.3f}  " if corrected else ""
+            print(f"{match.rank:4}  {score}{match.cosine:6.3f}  {match.path}")
     _save(results, lambda: plot_matches(results), output)
 
 
 def show_probabilities(matches: list[Match], output: Path) -> None:
     """Prints the texts for one image and saves them as a figure or a table."""
     print(f"\n{matches[0].path}\nrank   prob.  text")
+    if len(matches) == 1:
+        print("      (the probability of a single text is always 1)")
     for match in matches:
         print(f"{match.rank:4}  {match.score:6.3f}  {match.query}")
     _save([matches], lambda: plot_probabilities(matches), output)
@@ -553,10 +774,13 @@ def plot_probabilities(matches: list[Match]) -> Figure:
     image_ax.imshow(_thumbnail(matches[0].path))
     image_ax.set_title(matches[0].path.name[-40:], parse_math=False)
     image_ax.axis("off")
-    bar_ax.barh(range(len(matches)), [match.score for match in matches])
+    bars = bar_ax.barh(range(len(matches)), [match.score for match in matches])
+    bar_ax.bar_label(bars, [f"{match.score:.3f}" for match in matches], padding=3, fontsize=8)
     labels = [_wrap(match.query, 40) for match in matches]
     bar_ax.set_yticks(range(len(matches)), labels, fontsize=8, parse_math=False)
-    bar_ax.set(xlim=(0, 1), xlabel="probability", ylim=(len(matches) - 0.5, -0.5))
+    bar_ax.set(
+        xlim=(0, 1.15), xticks=(0, 0.5, 1), xlabel="probability", ylim=(len(matches) - 0.5, -0.5)
+    )
     return figure
 
 
@@ -566,8 +790,13 @@ def _wrap(text: str, width: int) -> str:
 
 
 def _thumbnail(path: Path) -> Image.Image:
-    image = Image.fromarray(load_image(path))
-    image.thumbnail((300, 300))
+    """The image at 300 pixels or less; a gray one, and a line, if it can no longer be read."""
+    try:
+        image = Image.fromarray(load_image(path, THUMBNAIL_SIDE))
+    except UserError as error:  # it was readable when it was indexed
+        print(f"not shown: {error}")
+        return Image.new("RGB", (THUMBNAIL_SIDE, THUMBNAIL_SIDE), "lightgray")
+    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     return image
 
 
@@ -585,19 +814,34 @@ def read_queries(config: SearchConfig) -> list[str]:
     raise UserError("--query -: standard input contains no line of UTF-8 text")
 
 
+def print_evaluation(searcher: Searcher) -> None:
+    """Prints the metrics of the test split, without and with hub correction."""
+    split = searcher.test_split()
+    checkpoint = searcher.checkpoint
+    model = load_clip(checkpoint).to(searcher.device, memory_format=torch.channels_last)
+    references = checkpoint.references if searcher.nnn else None
+    metrics = evaluate(
+        model, searcher.tokenizer, split, searcher.config, searcher.device, references
+    )
+    print(format_metrics(metrics))
+    if references:
+        print(f"with hub correction: {format_metrics(metrics, '_nnn')}")
+
+
 @cli_errors
 def main(argv: list[str] | None = None) -> None:
     config = parse(SearchConfig, argv)
-    searcher = Searcher(config.weights, config.device, config.num_workers)
+    searcher = Searcher(
+        config.weights, config.device, config.num_workers, config.nnn, config.data_dir
+    )
     if config.evaluate:
-        split = searcher.test_split()
-        model = load_clip(searcher.checkpoint)
-        model.to(searcher.device, memory_format=torch.channels_last)
-        metrics = evaluate(model, searcher.tokenizer, split, searcher.config, searcher.device)
-        print(format_metrics(metrics))
+        print_evaluation(searcher)
     elif config.image:
         texts = read_queries(config) or searcher.test_split().texts
         show_probabilities(searcher.classify(config.image, texts, config.n), config.output)
+    elif config.like:
+        matches = searcher.similar(config.like, config.images, config.n)
+        show_matches([matches], config.output)
     else:
         queries = read_queries(config) or [searcher.checkpoint.example_query]
         show_matches(searcher.search(queries, config.images, config.n), config.output)

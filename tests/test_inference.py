@@ -407,7 +407,9 @@ def test_plot_matches_shows_rank_score_name_and_query(
     results = []
     for index in range(num_queries):
         query = f"query {index}"
-        results.append([Match(query, i + 1, 0.9 - i / 100, path) for i, path in enumerate(paths)])
+        scores = [0.9 - i / 100 for i in range(len(paths))]
+        matches = zip(scores, paths)
+        results.append([Match(query, i, s, s, p) for i, (s, p) in enumerate(matches, start=1)])
     figure = plot_matches(results)
     blocks = figure.subfigs or [figure]
     assert [block.get_suptitle() for block in blocks] == [row[0].query for row in results]
@@ -556,3 +558,137 @@ def test_command_works_without_a_display(
     assert process.returncode == 0, process.stderr
     assert Path("matches.png").stat().st_size > 5000
     assert len(parse_matches(process.stdout)) == 8
+
+
+# ---------------------------------------------------------------- hub correction
+
+
+@pytest.fixture
+def corrected(checkpoint: Path) -> Path:
+    """`checkpoint` with references, as a run on 1,000 or more training images has them."""
+    content = torch.load(checkpoint, weights_only=True)
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(40, content["config"]["projection_dim"], generator=generator)
+    vectors = torch.nn.functional.normalize(vectors, dim=-1).half()
+    content["references"] = {"images": vectors, "texts": vectors.flip(0)}
+    torch.save(content, checkpoint)
+    return checkpoint
+
+
+def test_search_subtracts_the_bias_of_each_image(corrected: Path, image_dir: Path) -> None:
+    searcher = Searcher(corrected, "cpu", 0)
+    paths, embeddings = searcher.index_images(image_dir)
+    bias = inference.hub_bias(embeddings, searcher.checkpoint.references.texts)
+    cosines = searcher.encode_texts(QUERIES) @ embeddings.T
+    for i, matches in enumerate(searcher.search(QUERIES, image_dir, 100)):
+        assert len(matches) == len(paths)
+        assert matches == sorted(matches, key=lambda match: -match.score)
+        for match in matches:
+            index = paths.index(match.path)
+            assert match.cosine == pytest.approx(cosines[i, index].item(), abs=1e-5)
+            assert match.score == pytest.approx(match.cosine - bias[index].item(), abs=1e-5)
+
+
+def test_search_without_nnn_ranks_by_cosine(
+    corrected: Path, image_dir: Path, encoded: list[str]
+) -> None:
+    """As a checkpoint without references, and with the same index."""
+    with_bias = search(corrected, image_dir)
+    encoded.clear()
+    searcher = Searcher(corrected, "cpu", 0, nnn=False)
+    for matches, others in zip(searcher.search(QUERIES, image_dir, 100), with_bias, strict=True):
+        assert [match.score for match in matches] == [match.cosine for match in matches]
+        ours = {match.path: match.cosine for match in matches}
+        for match in others:
+            assert ours[match.path] == pytest.approx(match.cosine, abs=1e-5)
+    assert encoded == []
+
+
+def test_search_without_references_has_no_bias(checkpoint: Path, image_dir: Path) -> None:
+    for matches in search(checkpoint, image_dir):
+        assert [match.score for match in matches] == [match.cosine for match in matches]
+    (array,) = (checkpoint.with_suffix(".index")).glob("*.npy")
+    assert np.load(array).shape == (10, Searcher(checkpoint).config.projection_dim)
+
+
+@pytest.mark.parametrize("flags", [[], ["--no-nnn"]])
+def test_command_prints_score_and_cosine(
+    flags: list[str], corrected: Path, image_dir: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run(corrected, "--images", image_dir, "--query", QUERIES[0], *flags)
+    header = "rank  cosine  image" if flags else "rank   score  cosine  image"
+    assert header in capsys.readouterr().out.splitlines()
+
+
+# ---------------------------------------------------------------- similar images, the Python API
+
+
+def test_similar_ranks_the_image_itself_first(
+    checkpoint: Path, image_dir: Path, capsys: pytest.CaptureFixture
+) -> None:
+    image = sorted(image_dir.glob("*.png"))[3]
+    matches = Searcher(checkpoint, "cpu", 0).similar(image, image_dir, 4)
+    assert matches[0].path == image
+    assert matches[0].score == pytest.approx(1, abs=1e-4)
+    assert len(matches) == 4
+    run(checkpoint, "--like", image, "--images", image_dir, "--n", "4")
+    assert [path for *_, path in parse_matches(capsys.readouterr().out)] == [
+        str(match.path) for match in matches
+    ]
+
+
+def test_searcher_takes_paths_and_pil_images(checkpoint: Path, image_dir: Path) -> None:
+    searcher = Searcher(checkpoint, "cpu", 0)
+    path = sorted(image_dir.glob("*.png"))[0]
+    with Image.open(path) as image:
+        assert torch.equal(searcher.encode_images([image]), searcher.encode_images([str(path)]))
+        ours = searcher.classify(image, QUERIES)
+        assert searcher.similar(image, image_dir, 1)[0].path == path
+    theirs = searcher.classify(path, QUERIES)
+    assert [match.score for match in ours] == [match.score for match in theirs]
+
+
+def test_searcher_takes_a_string_as_one_query(checkpoint: Path, image_dir: Path) -> None:
+    searcher = Searcher(checkpoint, "cpu", 0)
+    (matches,) = searcher.search(QUERIES[0], image_dir, 3)
+    assert matches == searcher.search([QUERIES[0]], image_dir, 3)[0]
+    for action in (lambda: searcher.search([], image_dir), lambda: searcher.encode_texts([])):
+        with pytest.raises(UserError, match="at least one"):
+            action()
+
+
+def test_index_images_returns_embeddings_to_save(corrected: Path, image_dir: Path) -> None:
+    searcher = Searcher(corrected, "cpu", 0)
+    paths, embeddings = searcher.index_images(image_dir)
+    expected = searcher.encode_images(paths)
+    torch.testing.assert_close(embeddings, expected, rtol=0, atol=1e-5)
+    assert embeddings.shape == (10, searcher.config.projection_dim)
+
+
+@pytest.mark.parametrize("flags", [[], ["--evaluate"]])
+def test_data_dir_names_a_data_set_that_was_moved(
+    flags: list[str], checkpoint: Path, shapes: Path, capsys: pytest.CaptureFixture
+) -> None:
+    moved = shutil.copytree(shapes, "elsewhere/moved")
+    run(checkpoint, "--data-dir", moved, "--n", "3", *flags)
+    assert "test 12" in capsys.readouterr().out
+
+
+def test_probability_of_a_single_text_is_explained(
+    checkpoint: Path, image_dir: Path, capsys: pytest.CaptureFixture
+) -> None:
+    image = next(image_dir.glob("*.png"))
+    run(checkpoint, "--image", image, "--query", "a dog")
+    assert "always 1" in capsys.readouterr().out
+    run(checkpoint, "--image", image, "--query", "a dog", "--query", "a cat")
+    assert "always 1" not in capsys.readouterr().out
+
+
+def test_plot_probabilities_shows_each_as_a_number(image_dir: Path) -> None:
+    path = next(image_dir.glob("*.png"))
+    matches = [Match("a dog", 1, 0.75, 0.3, path), Match("a cat", 2, 0.25, 0.2, path)]
+    figure = inference.plot_probabilities(matches)
+    bar_ax = figure.axes[1]
+    labels = [text.get_text() for text in bar_ax.texts]
+    assert labels == ["0.750", "0.250"]
+    assert bar_ax.get_xlim()[1] > 1  # room for the numbers

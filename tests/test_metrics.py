@@ -2,15 +2,24 @@
 
 import math
 import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import normalize
 
 import inference
-from inference import METRICS, RECALLS, recall_at_k, retrieval_metrics, top_matches
+from config import Config
+from data import Split
+from inference import METRICS, RECALLS, evaluate, recall_at_k, retrieval_metrics, top_matches
+from models import build_wordpiece_tokenizer
 
 # ---------------------------------------------------------------- metrics
 
@@ -58,7 +67,7 @@ def test_retrieval_metrics_match_naive_count(case: tuple, block_size: int) -> No
         torch.from_numpy(images),
         torch.from_numpy(texts),
         torch.tensor(image_of_text),
-        block_size,
+        block_size=block_size,
     )
     assert metrics == pytest.approx(naive_metrics(images, texts, image_of_text))
 
@@ -115,6 +124,84 @@ def test_retrieval_metrics_of_perfect_model() -> None:
     texts = torch.eye(12).repeat_interleave(5, 0)
     metrics = retrieval_metrics(torch.eye(12), texts, torch.arange(12).repeat_interleave(5))
     assert metrics == {**dict.fromkeys(RECALLS, 100.0), "t2i_medr": 1.0, "i2t_medr": 1.0}
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    captions=st.lists(st.lists(st.integers(0, 7), min_size=1, max_size=3), min_size=1, max_size=14),
+    block_size=st.sampled_from([1, 3, 1024]),
+    seed=st.integers(0, 10_000),
+)
+def test_retrieval_metrics_count_every_image_of_a_text(
+    captions: list[list[int]], block_size: int, seed: int
+) -> None:
+    """`captions[i]` are the texts of image i, by their numbers. Each text is ranked once."""
+    rng = np.random.default_rng(seed)
+    numbers = sorted({number for texts in captions for number in texts})
+    images = rng.integers(-2, 3, (len(captions), 3)).astype(np.float32)
+    texts = rng.integers(-2, 3, (len(numbers), 3)).astype(np.float32)
+    right = np.array([[number in own for own in captions] for number in numbers])
+    expected = []
+    for scores, is_right in ((texts @ images.T, right), (images @ texts.T, right.T)):
+        ranks = [
+            1 + sum(row[~own] >= row[own].max()) for row, own in zip(scores, is_right, strict=True)
+        ]
+        expected += [100 * np.mean(np.array(ranks) <= k) for k in (1, 5, 10)]
+        expected.append(np.median(ranks))
+    metrics = retrieval_metrics(
+        torch.from_numpy(images),
+        torch.from_numpy(texts),
+        torch.arange(len(captions)).repeat_interleave(torch.tensor([len(c) for c in captions])),
+        block_size=block_size,
+        text_ids=torch.tensor([numbers.index(number) for own in captions for number in own]),
+    )
+    assert metrics == pytest.approx(dict(zip(METRICS, expected)))
+
+
+def class_prompts(folder: Path, count: int = 120) -> Split:
+    """Images of 8 brightnesses, each with the prompt of its class, with different white space."""
+    paths, captions = [], []
+    for i in range(count):
+        paths.append(folder / f"{i}.png")
+        Image.new("L", (32, 32), 30 * (i % 8)).save(paths[-1])
+        captions.append([f"a photo of{' ' * (1 + i // 60)}class {i % 8}"])
+    return Split(paths, captions)
+
+
+class PerfectTower(torch.nn.Module):
+    """Encodes the class of an image or a text of `class_prompts` as one of 8 unit vectors."""
+
+    def __init__(self, encode: Callable) -> None:
+        super().__init__()
+        self.encode = encode
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return torch.eye(8)[self.encode(*inputs)]
+
+
+def test_evaluate_gives_a_perfect_classifier_100(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = class_prompts(tmp_path)
+    tokenizer = build_wordpiece_tokenizer(split.texts, 16)
+    class_of_token = {tokenizer.token_to_id(str(i)): i for i in range(8)}
+    encoded = []
+
+    def encode_text(ids: Tensor, mask: Tensor) -> Tensor:
+        encoded.append(len(ids))
+        return torch.tensor(
+            [class_of_token[row[mask.bool()[i]][-2].item()] for i, row in enumerate(ids)]
+        )
+
+    model = SimpleNamespace(
+        image=PerfectTower(lambda pixels: pixels[:, 0, 0, 0].long() // 30),
+        text=PerfectTower(encode_text),
+    )
+    monkeypatch.setattr(inference, "eval_image_size", lambda *_: 32)
+    config = Config(projection_dim=8)
+    metrics = evaluate(model, tokenizer, split, config, torch.device("cpu"))
+    assert metrics == {**dict.fromkeys(RECALLS, 100.0), "t2i_medr": 1.0, "i2t_medr": 1.0}
+    assert encoded == [8]
 
 
 def test_metrics_are_six_recalls_and_two_median_ranks() -> None:
@@ -176,3 +263,55 @@ def test_top_matches_memory_does_not_grow_with_the_index(monkeypatch: pytest.Mon
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.2 * peaks[0]
+
+
+# ---------------------------------------------------------------- hub correction
+
+
+def test_hub_bias_equals_naive_mean_of_nearest_references() -> None:
+    generator = torch.Generator().manual_seed(0)
+    embeddings = normalize(torch.randn(50, 8, generator=generator), dim=-1)
+    references = normalize(torch.randn(40, 8, generator=generator), dim=-1).half()
+    for block_size in (7, 4096):
+        bias = inference.hub_bias(embeddings, references, block_size)
+        for embedding, value in zip(embeddings, bias, strict=True):
+            cosines = sorted(float(embedding @ reference.float()) for reference in references)
+            nearest = cosines[-inference.NNN_K :]
+            assert value == pytest.approx(inference.NNN_ALPHA * np.mean(nearest), abs=1e-5)
+
+
+def test_hub_bias_stops_a_hub_from_winning() -> None:
+    """An image near to all texts is the first match of most of them, until it is corrected."""
+    generator = torch.Generator().manual_seed(0)
+    common = torch.zeros(16)
+    common[0] = 1.0
+    images = normalize(torch.randn(30, 16, generator=generator), dim=-1)
+    texts = normalize(0.8 * images + common, dim=-1)  # nearer to the hub than to their images
+    references = normalize(torch.randn(200, 16, generator=generator) / 4 + common, dim=-1)
+    images[0] = common  # the hub
+    image_of_text = torch.arange(30)
+    raw = retrieval_metrics(images, texts, image_of_text)
+    bias = inference.hub_bias(images, references)
+    corrected = retrieval_metrics(images, texts, image_of_text, image_bias=bias)
+    assert bias.argmax() == 0
+    assert corrected["t2i_r1"] > raw["t2i_r1"] + 20
+
+
+def test_retrieval_metrics_subtract_both_biases() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(12, 8, generator=generator)
+    texts = torch.randn(30, 8, generator=generator)
+    image_bias = torch.randn(12, generator=generator)
+    text_bias = torch.randn(30, generator=generator)
+    image_of_text = torch.arange(30) % 12
+    metrics = retrieval_metrics(images, texts, image_of_text, 5, image_bias, text_bias)
+    ones = torch.ones(30, 1)
+    # The same by an additional dimension, for each direction on its own.
+    t2i = retrieval_metrics(
+        torch.hstack([images, -image_bias[:, None]]), torch.hstack([texts, ones]), image_of_text
+    )
+    i2t = retrieval_metrics(
+        torch.hstack([images, ones[:12]]), torch.hstack([texts, -text_bias[:, None]]), image_of_text
+    )
+    for name in METRICS:
+        assert metrics[name] == pytest.approx((t2i if name.startswith("t2i") else i2t)[name])
