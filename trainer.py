@@ -3,10 +3,12 @@
 python trainer.py --demo
 python trainer.py
 python trainer.py --data-dir my/folder --name mine --epochs 20
+python trainer.py --init-from runs/clip/best.pt --data-dir my/folder --name mine
 python trainer.py --resume runs/clip/last.pt
 torchrun --nproc_per_node=4 trainer.py --batch-size 1024
 """
 
+import hashlib
 import importlib.util
 import json
 import math
@@ -15,7 +17,8 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -32,7 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
-from config import DEMO_DEFAULTS, Config, UserError, cli_errors, parse, progress
+from config import DEMO_DEFAULTS, Config, UserError, check, cli_errors, parse, progress, short
 from data import (
     Split,
     atomic_write,
@@ -41,8 +44,9 @@ from data import (
     open_image,
     prepare_data_dir,
     read_splits,
+    remove_leftovers,
 )
-from inference import METRICS, RECALL_KS, RECALLS, evaluate, format_metrics
+from inference import METRICS, RECALL_KS, RECALLS, encode_references, evaluate, format_metrics
 from models import (
     CLIP,
     Checkpoint,
@@ -58,8 +62,20 @@ from models import (
     pick_device,
 )
 
-MAY_CHANGE_ON_RESUME = {"chunk_size", "data_dir", "download_url", "device", "num_workers", "resume"}
+MAY_CHANGE_ON_RESUME = {"chunk_size", "data_dir", "download_url", "device", "epochs"}
+MAY_CHANGE_ON_RESUME |= {"num_workers", "resume", "allow_changed_data"}
+# The settings that `--init-from` takes from the checkpoint.
+ARCHITECTURE = ("image_encoder", "text_encoder", "text_layers", "text_width", "projection_dim")
+ARCHITECTURE += ("max_length",)
+LOCK = ".lock"  # in a run's folder while a process trains the run; contains the process's id
 LOG_EVERY = 10  # steps; reading a loss waits for the device
+SCALER = {  # the state of a gradient scaler, as rules for `check`
+    "scale": (1e-30, 1e30),
+    "growth_factor": (1.0, 100.0),
+    "backoff_factor": (0.0, 1.0),
+    "growth_interval": range(1_000_000),
+    "_growth_tracker": range(1_000_000),
+}
 METRICS_COLUMNS = ["epoch", "seconds", "pairs_per_second", "lr", "train_loss", *METRICS]
 
 
@@ -70,6 +86,9 @@ def main(argv: list[str] | None = None) -> None:
     if config.resume:
         checkpoint = load_checkpoint(config.resume)
         config = resumed_config(argv, checkpoint, config.resume)
+    elif config.init_from:
+        checkpoint = load_checkpoint(config.init_from)
+        config = initialized_config(argv, checkpoint, config.init_from)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as on Ctrl-C
     try:
         train(config, checkpoint)
@@ -88,21 +107,56 @@ def resumed_config(argv: list[str] | None, checkpoint: Checkpoint, path: str) ->
     if checkpoint.training is None:
         raise UserError(f"--resume {path}: has no training state; resume from a run's last.pt")
     # A checkpoint from a stranger does not choose where data is downloaded from.
-    saved = replace(checkpoint.config, resume=path, download_url=Config.download_url)
+    saved = replace(
+        checkpoint.config,
+        resume=path,
+        download_url=Config.download_url,
+        allow_changed_data=False,
+    )
+    run_dir = Path(os.path.abspath(path)).parent
+    if run_dir.parent == Path("runs").absolute():  # a run is resumed where it is
+        saved = replace(saved, name=run_dir.name)
     config = parse(Config, argv, default=saved)
-    for field in fields(Config):
-        old, new = getattr(saved, field.name), getattr(config, field.name)
-        if old != new and field.name not in MAY_CHANGE_ON_RESUME:
-            flag = f"--{field.name.replace('_', '-')}"
-            raise UserError(f"{flag} {new}: the resumed run has {old}; leave the flag out")
+    fixed = [field.name for field in fields(Config) if field.name not in MAY_CHANGE_ON_RESUME]
+    check_unchanged(config, saved, fixed)
+    epochs_done = len(checkpoint.training.history)
+    if config.epochs < epochs_done:
+        raise UserError(f"--epochs {config.epochs}: {path} has {epochs_done} epochs already")
+    if config.epochs != saved.epochs:
+        print(f"resume: {saved.epochs} epochs become {config.epochs}, with their learning rates")
+    elif epochs_done == config.epochs:
+        print(f"resume: all {epochs_done} epochs are done; a larger --epochs trains longer")
     return config
+
+
+def initialized_config(argv: list[str] | None, checkpoint: Checkpoint, path: str) -> Config:
+    """The settings of the command line, with the architecture and image size of the checkpoint.
+
+    The encoders count as pretrained: their batch-norm statistics are kept, and the fractions
+    to freeze apply. Raises `UserError` for another architecture.
+    """
+    architecture = {name: getattr(checkpoint.config, name) for name in ARCHITECTURE}
+    image_size = checkpoint.config.image_size
+    saved = Config(**architecture, image_size=image_size, pretrained=True, init_from=path)
+    config = parse(Config, argv, default=saved)
+    check_unchanged(config, saved, [*ARCHITECTURE, "pretrained", "demo"])
+    return config
+
+
+def check_unchanged(config: Config, saved: Config, names: Iterable[str]) -> None:
+    """Raises `UserError` for a flag that differs from the checkpoint's setting."""
+    for name in names:
+        old, new = getattr(saved, name), getattr(config, name)
+        if old != new:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} {new}: the checkpoint has {old}; leave the flag out")
 
 
 # ---------------------------------------------------------------- processes
 
 
 class _AllGather(torch.autograd.Function):
-    """Concatenates the tensors (b, D) of all processes to (B, D)."""
+    """Concatenates the tensors (b, ...) of all processes to (B, ...)."""
 
     @staticmethod
     def forward(ctx: Any, local: Tensor) -> Tensor:
@@ -177,7 +231,7 @@ class Distributed:
         return ddp_model
 
     def all_gather(self, local: Tensor) -> Tensor:
-        """The rows of all processes (B, D) from those of this one (b, D), with gradients."""
+        """The rows of all processes (B, ...) from those of this one (b, ...), with gradients."""
         return local if self.world_size == 1 else _AllGather.apply(local)
 
     def all_reduce_mean(self, values: Tensor) -> Tensor:
@@ -243,18 +297,57 @@ class Run:
 
 def train(config: Config, checkpoint: Checkpoint | None) -> None:
     """Trains from the start or from a checkpoint, and scores the best epoch on the test split."""
-    run = setup(config, checkpoint)
-    print_summary(run)
-    if run.dist.is_main:
-        open_run_dir(run, resumed=checkpoint is not None)
-    for epoch in range(len(run.history), config.epochs):
-        started = time.perf_counter()
-        loss = train_epoch(run, epoch)
+    is_main = os.environ.get("RANK", "0") == "0"
+    with lock_run_dir(Path("runs", config.name)) if is_main else nullcontext():
+        run = setup(config, checkpoint)
+        print_summary(run)
         if run.dist.is_main:
-            validate_and_save(run, loss, time.perf_counter() - started)
-    if run.dist.is_main:
-        test_best(run)
-    run.dist.close()
+            open_run_dir(run)
+        for epoch in range(len(run.history), config.epochs):
+            started = time.perf_counter()
+            loss = train_epoch(run, epoch)
+            if run.dist.is_main:
+                validate_and_save(run, loss, time.perf_counter() - started)
+        if run.dist.is_main:
+            test_best(run)
+        run.dist.close()
+
+
+@contextmanager
+def lock_run_dir(run_dir: Path) -> Iterator[None]:
+    """Creates the run's folder and makes this process the only one that writes into it.
+
+    The system releases the lock when the process ends, however it ends; DataLoader workers do not
+    inherit it. Raises `UserError` if another process has it.
+    """
+    lock = run_dir / LOCK
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = lock.open("a+")
+    except OSError as error:
+        raise UserError(f"{run_dir}: cannot be created: {error.strerror}") from None
+    with file:
+        try:
+            import fcntl  # not on Windows, where runs are not locked
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            raise UserError(
+                f"{run_dir}: process {file.read(20)} is training this run; wait until it has "
+                "ended, or choose another --name"
+            ) from None
+        except (OSError, ImportError):  # a file system or a system without locks
+            pass
+        file.truncate(0)
+        print(os.getpid(), end="", file=file, flush=True)
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+            with suppress(OSError):  # not empty
+                run_dir.rmdir()
+                run_dir.parent.rmdir()
 
 
 def train_epoch(run: Run, epoch: int) -> float:
@@ -311,7 +404,9 @@ def train_step(run: Run, batch: dict[str, Any]) -> Tensor:
     all_images = dist.all_gather(image_embeddings)  # (B, D)
     all_texts = dist.all_gather(text_embeddings)  # (B, D)
     local_slice = dist.local_slice(config.batch_size)
-    loss = contrastive_loss(all_images, all_texts, logit_scale, local_slice)
+    caption_ids = batch["caption_ids"].to(dist.device, non_blocking=True)
+    all_ids = dist.all_gather(caption_ids)  # (B,)
+    loss = contrastive_loss(all_images, all_texts, logit_scale, local_slice, all_ids)
 
     # 4. Update the weights.
     run.scaler.scale(loss).backward()
@@ -376,6 +471,7 @@ def setup(config: Config, checkpoint: Checkpoint | None) -> Run:
 
     torch.manual_seed(config.seed)
     model, tokenizer, splits = setup_model_and_data(config, checkpoint, dist)
+    config = replace(config, drop_path=model.image.encoder.drop_path)  # the default may be 0
     if config.pretrained:
         freeze(model.image.encoder, config.freeze_image_encoder)
         freeze(model.text.encoder, config.freeze_text_encoder)
@@ -406,8 +502,8 @@ def setup(config: Config, checkpoint: Checkpoint | None) -> Run:
         scaler=scaler,
         history=[],
     )
-    if checkpoint:
-        restore(run, checkpoint.training)
+    if config.resume:
+        restore(run, checkpoint.training, config.resume)
     return run
 
 
@@ -415,10 +511,16 @@ def check_run_dir(run_dir: Path, config: Config, checkpoint: Checkpoint | None) 
     """Raises `UserError` if a run would be overwritten, or resumed without all of its files."""
     last, best = run_dir / "last.pt", run_dir / "best.pt"
     is_default_demo = config.demo and config.name == DEMO_DEFAULTS["name"]
-    if not checkpoint and last.exists() and not is_default_demo:
+    if not config.resume and last.exists() and not is_default_demo:
         quoted = shlex.quote(str(last))
         raise UserError(f"{last} exists: resume it with --resume {quoted}, or pass another --name")
-    if checkpoint and checkpoint.training.history and not best.exists():
+    is_outside = config.resume and not same_folder(Path(config.resume).parent, run_dir)
+    if is_outside and any(path.name != LOCK for path in run_dir.glob("*")):
+        raise UserError(
+            f"--resume {config.resume}: would write into another run, {run_dir}; copy the folder "
+            "of this file to runs under another name and resume from there"
+        )
+    if config.resume and checkpoint.training.history and not best.exists():
         raise UserError(f"{best}: is missing; a run is resumed with its whole folder")
 
 
@@ -427,7 +529,10 @@ def setup_model_and_data(
 ) -> tuple[CLIP, Tokenizer, dict[str, Split]]:
     """The model of a checkpoint, of pretrained encoders or from scratch; and the splits."""
     if checkpoint:
-        return load_clip(checkpoint), checkpoint.tokenizer, load_splits(config, dist)
+        splits = load_splits(config, dist)
+        if config.resume:
+            check_data_unchanged(checkpoint.training.data, splits, config)
+        return load_clip(checkpoint), checkpoint.tokenizer, splits
     if config.pretrained:
         # Encoders first: if they cannot be loaded, that is said before any data is downloaded.
         print(f"model: loading the pretrained {config.text_encoder} and {config.image_encoder}")
@@ -436,6 +541,10 @@ def setup_model_and_data(
     splits = load_splits(config, dist)
     model, tokenizer = build_clip(config, captions=splits["train"].texts)
     return model, tokenizer, splits
+
+
+def same_folder(one: Path, other: Path) -> bool:
+    return one.exists() and other.exists() and one.samefile(other)
 
 
 def load_splits(config: Config, dist: Distributed) -> dict[str, Split]:
@@ -496,13 +605,113 @@ def warmup_then_cosine(total_steps: int, warmup: float) -> Callable[[int], float
     return factor
 
 
-def restore(run: Run, training: TrainingState) -> None:
-    """Sets the optimizer, schedule and history of a new `Run` to those of a checkpoint."""
-    run.optimizer.load_state_dict(training.optimizer)
-    run.scheduler.load_state_dict(training.scheduler)
+def restore(run: Run, training: TrainingState, path: str) -> None:
+    """Sets the optimizer, scheduler and history of a new `Run` to those of a checkpoint.
+
+    Only AdamW's averages, the scaler's scale and the history come from the file: the learning rates
+    and the number of steps follow from the settings. Raises `UserError` for a state that does not
+    fit the model, which the optimizer's native code would take unchecked.
+    """
+    try:
+        check_history(training.history, run.config)
+        check(training.scaler, SCALER, "its scaler")
+        num_steps = len(training.history) * len(run.loader)
+        state = optimizer_state(run.optimizer, training, num_steps)
+    except (ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"--resume {path}: cannot be resumed: {error}") from None
+    groups = run.optimizer.state_dict()["param_groups"]
+    run.optimizer.load_state_dict({"state": state, "param_groups": groups})
+    lrs = [
+        lr * factor(num_steps)
+        for lr, factor in zip(run.scheduler.base_lrs, run.scheduler.lr_lambdas)
+    ]
+    for group, lr in zip(run.optimizer.param_groups, lrs):
+        group["lr"] = lr
+    schedule = {"last_epoch": num_steps, "_step_count": num_steps + 1, "_last_lr": lrs}
+    run.scheduler.load_state_dict(run.scheduler.state_dict() | schedule)
     if training.scaler:  # the precision may have needed none so far
-        run.scaler.load_state_dict(training.scaler)
+        scale = {name: training.scaler[name] for name in ("scale", "_growth_tracker")}
+        run.scaler.load_state_dict(run.scaler.state_dict() | scale)
     run.history += training.history
+
+
+def data_digest(splits: dict[str, Split]) -> dict[str, dict[str, Any]]:
+    """What identifies each split: numbers and hashes of its image names and captions."""
+    digest = {}
+    for name, split in splits.items():
+        digest[name] = {
+            "images": len(split.paths),
+            "captions": len(split.texts),
+            "image names": _hash([path.name for path in split.paths]),
+            "texts": _hash(split.captions),
+        }
+    return digest
+
+
+def _hash(value: list) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def check_data_unchanged(
+    saved: dict[str, Any] | None, splits: dict[str, Split], config: Config
+) -> None:
+    """Raises `UserError` if the splits are not those of the checkpoint, unless that is allowed.
+
+    Pixels are not compared. Older checkpoints do not identify their data.
+    """
+    if saved is None or config.allow_changed_data:
+        return
+    changes = []
+    for name, current in data_digest(splits).items():
+        before = saved.get(name) if type(saved.get(name)) is dict else {}
+        for what, number in (("image names", "images"), ("texts", "captions")):
+            if before.get(number) != current[number]:
+                changes.append(
+                    f"{name} has {current[number]} {number}, not {short(before.get(number))}"
+                )
+            elif before.get(what) != current[what]:
+                changes.append(f"{name} has other {number}")
+    if changes:
+        raise UserError(
+            f"{config.data_dir}: is not the data that the run was started with: "
+            f"{', '.join(changes)}; pass --allow-changed-data to resume with it"
+        )
+
+
+def check_history(history: list[Any], config: Config) -> None:
+    """Raises `ValueError` unless it has a row of finite numbers for each of its epochs."""
+    numbers = dict.fromkeys(METRICS_COLUMNS, (-1e300, 1e300))
+    for epoch, row in enumerate(history, start=1):
+        if type(row) is not dict or row.keys() != numbers.keys() or epoch > config.epochs:
+            raise ValueError(f"its history has no such row as epoch {epoch} of metrics.csv")
+        check(row, numbers | {"epoch": {epoch}}, "its history")
+
+
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, training: TrainingState, num_steps: int
+) -> dict[int, dict[str, Tensor]]:
+    """AdamW's state after `num_steps`. Raises `ValueError` if it does not fit the parameters.
+
+    With a gradient scaler some steps were skipped, and their number comes from the file.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    states = {}
+    for index, state in training.optimizer.items():
+        if type(index) is not int or index not in range(len(parameters)):
+            raise ValueError(f"its optimizer has a state {short(index)}, but no such parameter")
+        if state.keys() != {"step", "exp_avg", "exp_avg_sq"}:
+            raise ValueError(f"its optimizer state {index} is not that of AdamW")
+        for name in ("exp_avg", "exp_avg_sq"):
+            if state[name].shape != parameters[index].shape or not state[name].is_floating_point():
+                raise ValueError(f"its optimizer state {index} does not fit its parameter")
+        step = state["step"].sum().item() if training.scaler else num_steps
+        if not 0 <= step < 2**24:
+            raise ValueError(f"its optimizer has made {step} steps")
+        states[index] = {"step": torch.tensor(float(int(step)))}
+        for name in ("exp_avg", "exp_avg_sq"):  # with the strides of the parameter
+            average = torch.empty_like(parameters[index], requires_grad=False)
+            states[index][name] = average.copy_(state[name])
+    return states
 
 
 # ---------------------------------------------------------------- validation and files
@@ -515,25 +724,20 @@ def validate(model: CLIP, run: Run, split: str) -> dict[str, float]:
 
 
 def best_epoch(history: list[dict[str, float]]) -> int:
-    """The epoch with the largest sum of the six recalls on dev; the first of equal ones."""
-    best = max(history, key=lambda row: sum(row[name] for name in RECALLS))
+    """The epoch with the largest sum of the six recalls on dev; the last of equal ones."""
+    best = max(history, key=lambda row: (sum(row[name] for name in RECALLS), row["epoch"]))
     return best["epoch"]
 
 
-def open_run_dir(run: Run, resumed: bool) -> None:
-    """Creates the run's folder, with `last.pt` before the first step."""
-    try:
-        run.run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{run.run_dir}: cannot be created: {error.strerror}") from None
+def open_run_dir(run: Run) -> None:
+    """Prepares the run's folder, with `last.pt` before the first step."""
     if importlib.util.find_spec("tensorboard"):
         from torch.utils.tensorboard import SummaryWriter
 
         next_step = len(run.history) * len(run.loader) + 1
         run.writer = SummaryWriter(run.run_dir / "events", purge_step=next_step)
-    for temporary in run.run_dir.glob("*.tmp"):  # of a run that was killed while it wrote
-        temporary.unlink()
-    if resumed:
+    remove_leftovers(run.run_dir, "*")
+    if run.config.resume:
         write_metrics(run)  # the run may have been killed before it wrote them
     else:
         save_checkpoint(run)
@@ -576,6 +780,7 @@ def save_checkpoint(run: Run) -> None:
         "schedule": run.scheduler.state_dict(),  # the name in the file format
         "scaler": run.scaler.state_dict(),
         "history": run.history,
+        "data": data_digest(run.splits),
     }
     atomic_write(run.run_dir / "last.pt", lambda file: torch.save(content, file))
     write_metrics(run)
@@ -640,17 +845,28 @@ def print_summary(run: Run) -> None:
 
 
 def test_best(run: Run) -> None:
-    """Scores the best epoch on the test split, and prints a command to search with it."""
+    """Scores the best epoch on the test split, and prints a command to search with it.
+
+    The references for the hub correction are added to `best.pt`.
+    """
     best = run.run_dir / "best.pt"
     checkpoint = load_checkpoint(best)
     model = load_clip(checkpoint).to(run.dist.device, memory_format=torch.channels_last)
-    metrics = validate(model, run, "test")
-    content = json.dumps(metrics, indent=2).encode()
-    atomic_write(run.run_dir / "test.json", lambda file: file.write(content))
+    config, device = run.config, run.dist.device
+    references = encode_references(model, run.tokenizer, run.splits["train"], config, device)
+    query = checkpoint.example_query
+    content = make_checkpoint(model, run.tokenizer, config, query, references)
+    atomic_write(best, lambda file: torch.save(content, file))
+
+    metrics = evaluate(model, run.tokenizer, run.splits["test"], config, device, references)
+    text = json.dumps(metrics, indent=2).encode()
+    atomic_write(run.run_dir / "test.json", lambda file: file.write(text))
     print(f"test, with the weights of epoch {best_epoch(run.history)}: {format_metrics(metrics)}")
+    if references:
+        print(f"test, with hub correction: {format_metrics(metrics, '_nnn')}")
     print(f"saved in {run.run_dir}: best.pt, last.pt, metrics.csv, curves.png, test.json")
     command = ["python", "inference.py", "--weights", str(best), "--n", "8"]
-    print(f"{shlex.join(command)} --query={shlex.quote(checkpoint.example_query)}")
+    print(f"{shlex.join(command)} --query={shlex.quote(query)}")
 
 
 if __name__ == "__main__":

@@ -53,13 +53,15 @@ def tiny() -> ModelAndTokenizer:
 
 
 def make_batch(tokenizer: Tokenizer, chunk_size: int) -> dict[str, Any]:
-    """Ten pairs as the training loader yields them."""
+    """Ten pairs as the training loader yields them, without `caption_ids`."""
     pixels = random_pixels(CONFIG, count=BATCH_SIZE).permute(0, 2, 3, 1).numpy()
     items = []
     for i in range(BATCH_SIZE):
         caption = " ".join([CAPTIONS[i % 4]] * (1 + i // 4))
         items.append({"pixels": pixels[i], "caption": caption})
-    return collate(items, tokenizer, bucket_size=min(3, chunk_size or BATCH_SIZE))
+    batch = collate(items, tokenizer, bucket_size=min(3, chunk_size or BATCH_SIZE))
+    del batch["caption_ids"]  # which the model does not take
+    return batch
 
 
 def gradients(model: CLIP, outputs: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:

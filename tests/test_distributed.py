@@ -104,7 +104,7 @@ def record_cases(cases: str, *flags: str) -> None:
     for case in cases.split():
         if case == "local":  # the last case: the pairs of the other processes are no negatives
             Distributed.all_gather = lambda _, local: local
-            trainer.contrastive_loss = lambda images, texts, scale, _: contrastive_loss(
+            trainer.contrastive_loss = lambda images, texts, scale, *_: contrastive_loss(
                 images, texts, scale
             )
         torch.save(record_five_steps(*flags, *CASES[case]), f"{case}-{rank}.pt")

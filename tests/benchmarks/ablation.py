@@ -146,7 +146,9 @@ def two_captions() -> None:
         second_captions = [item["second_caption"] for item in items]
         return {**batch, "texts": [*batch["texts"], data.tokenize(tokenizer, second_captions)]}
 
-    def loss(images: Tensor, texts: Tensor, logit_scale: Tensor, local_slice: slice) -> Tensor:
+    def loss(
+        images: Tensor, texts: Tensor, logit_scale: Tensor, local_slice: slice, *_: Tensor
+    ) -> Tensor:
         first_texts, second_texts = texts.chunk(2)  # (B, D) each
         first_loss = original_loss(images, first_texts, logit_scale)
         return (first_loss + original_loss(images, second_texts, logit_scale)) / 2
@@ -255,7 +257,9 @@ def soft_targets() -> None:
     The soft target is the softmax of the similarities among the images and among the captions.
     """
 
-    def loss(images: Tensor, texts: Tensor, logit_scale: Tensor, local_slice: slice) -> Tensor:
+    def loss(
+        images: Tensor, texts: Tensor, logit_scale: Tensor, local_slice: slice, *_: Tensor
+    ) -> Tensor:
         logits = logit_scale * images @ texts.T  # (B, D) @ (D, B)
         similarities = (images @ images.T + texts @ texts.T).detach() / 2  # (B, D) @ (D, B)
         soft = (logit_scale.detach() * similarities).softmax(dim=1)
@@ -267,7 +271,9 @@ def soft_targets() -> None:
 
 @change("label smoothing 0.1")
 def label_smoothing() -> None:
-    def loss(images: Tensor, texts: Tensor, logit_scale: Tensor, local_slice: slice) -> Tensor:
+    def loss(
+        images: Tensor, texts: Tensor, logit_scale: Tensor, local_slice: slice, *_: Tensor
+    ) -> Tensor:
         logits = logit_scale * images @ texts.T  # (B, D) @ (D, B)
         labels = torch.arange(len(images), device=images.device)
         image_loss = F.cross_entropy(logits, labels, label_smoothing=0.1)
@@ -282,7 +288,9 @@ def hard_negatives() -> None:
     """Adds the hinge loss of VSE++ (arXiv 1707.05612) to the contrastive loss."""
     original_loss = models.contrastive_loss
 
-    def loss(images: Tensor, texts: Tensor, logit_scale: Tensor, local_slice: slice) -> Tensor:
+    def loss(
+        images: Tensor, texts: Tensor, logit_scale: Tensor, local_slice: slice, *_: Tensor
+    ) -> Tensor:
         cosines = images @ texts.T  # (B, D) @ (D, B)
         positives = cosines.diag()
         negatives = cosines - 2 * torch.eye(len(cosines), device=cosines.device)
