@@ -654,7 +654,8 @@ def _validate_checkpoint(content: dict[str, Any], num_bytes: int) -> None:
         counts_layers = "layers" in str(name) or "group" in str(name)
         integers = range(101) if counts_layers else range(-100, 1_000_001)
         rates = (0.0, 1.0 if "drop" in str(name) else 1e6)
-        rule = [integers, rates, {None, True, False}, 100, list, dict]
+        rule = [integers, {None}] if counts_layers else [integers, rates, {None, True, False}]
+        rule += [100, list, dict]
         check(value, rule, f"its text encoder's {short(name)}")
 
 

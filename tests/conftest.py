@@ -76,7 +76,8 @@ def script(
     torchrun = []
     if processes:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    caches = {"HF_HOME": str(cwd / "empty-cache"), "TORCH_HOME": str(cwd / "empty-cache")}
+    cache = str(cwd.with_name(f"{cwd.name}-cache"))  # empty
+    caches = {"HF_HOME": cache, "TORCH_HOME": cache}
     with subprocess.Popen(
         [*prefix, sys.executable, *torchrun, str(ROOT / name), *arguments],
         cwd=cwd,

@@ -91,6 +91,8 @@ def without_randomness(model: CLIP) -> CLIP:
     for module in model.train().modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        if hasattr(module, "dropout_prob"):  # of DistilBERT's attention in transformers 4
+            module.dropout_prob = 0.0
         elif isinstance(module, DropPath):
             module.drop_prob = 0.0
     return model

@@ -57,6 +57,8 @@ def record_five_steps(*flags: str) -> Steps:
     for module in run.model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        if hasattr(module, "dropout_prob"):  # of DistilBERT's attention in transformers 4
+            module.dropout_prob = 0.0
         elif isinstance(module, _BatchNorm):
             module.eval()
             # timm initializes some with zero, and no gradient passes a zero.

@@ -50,6 +50,12 @@ ROTATE_RIGHT = 6  # its value for an image that must be rotated by 90 degrees cl
 Epoch = list[tuple[str, Tensor]]  # caption and pixels of each pair, in order
 
 
+def require_format(suffix: str) -> None:
+    """Skips the test where Pillow is too old to write the format, such as AVIF before 11.2."""
+    if Image.registered_extensions().get(f".{suffix}") not in Image.SAVE:
+        pytest.skip(f"Pillow cannot write .{suffix} here")
+
+
 def save_image(folder: Path, name: str, image: Image.Image, **options: Any) -> Path:
     image.save(folder / name, **options)
     return folder / name
@@ -246,7 +252,8 @@ def test_load_image_names_the_limit_of_pixels(
     """Pillow warns from the limit on and refuses twice as many. The warning is not shown."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     path = save_image(tmp_path, "large.png", Image.new("RGB", (num_pixels, 1)))
-    with warnings.catch_warnings(action="error"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         if accepted:
             assert load_image(path).shape == (1, num_pixels, 3)
         else:
@@ -290,6 +297,7 @@ def test_load_image_turns_any_error_of_a_decoder_into_one_line(
 )
 def test_load_image_survives_any_damaged_byte(tmp_path: Path, suffix: str):
     """It returns an image or raises `UserError`, whatever byte is damaged."""
+    require_format(suffix)
     mode = "P" if suffix == "blp" else "RGB"
     image = noise_image(np.random.default_rng(0), 24, 24).convert(mode)
     original = save_image(tmp_path, f"image.{suffix}", image).read_bytes()
@@ -299,7 +307,8 @@ def test_load_image_survives_any_damaged_byte(tmp_path: Path, suffix: str):
         damaged[rng.integers(min(len(damaged), 400))] = rng.integers(256)
         path = tmp_path / f"damaged.{suffix}"
         path.write_bytes(damaged[: rng.integers(len(damaged)) if rng.random() < 0.2 else None])
-        with warnings.catch_warnings(action="error"), suppress(UserError):
+        with warnings.catch_warnings(), suppress(UserError):
+            warnings.simplefilter("error")
             assert load_image(path).dtype == np.uint8
 
 
@@ -396,6 +405,7 @@ SUFFIXES += " mpo tga ico icns dds qoi pcx psd sgi"
 
 @pytest.mark.parametrize("suffix", SUFFIXES.split())
 def test_list_images_lists_every_raster_format(tmp_path: Path, suffix: str):
+    require_format(suffix)
     touch(tmp_path, f"a.{suffix}", f"sub/B.{suffix.upper()}")
     assert listed(tmp_path) == [f"a.{suffix}", f"sub/B.{suffix.upper()}"]
 
@@ -404,6 +414,7 @@ def test_list_images_lists_every_raster_format(tmp_path: Path, suffix: str):
     "suffix", ["avif", "jfif", "jpe", "ppm", "tga", "jp2", "mpo", "apng", "webp", "bmp", "gif"]
 )
 def test_load_image_reads_every_raster_format(tmp_path: Path, suffix: str):
+    require_format(suffix)
     image = Image.new("RGB", (16, 16), (200, 40, 40))
     path = save_image(tmp_path, f"image.{suffix}", image)
     assert (abs(load_image(path).astype(int) - (200, 40, 40)) < 8).all()
@@ -506,9 +517,9 @@ def photos(tmp_path: Path) -> Path:
     """Three images, two of them nearly black, and a damaged one."""
     folder = tmp_path / "photos"
     folder.mkdir()
-    for name, color in (("a.png", "red"), ("b.avif", (9, 9, 9)), ("c.jfif", (5, 5, 5))):
+    for name, color in (("a.png", "red"), ("b.jp2", (9, 9, 9)), ("c.jfif", (5, 5, 5))):
         save_image(folder, name, Image.new("RGB", (64, 64), color))
-    (folder / "damaged.avif").write_bytes((folder / "b.avif").read_bytes()[:150])
+    (folder / "damaged.jp2").write_bytes((folder / "b.jp2").read_bytes()[:100])
     return folder
 
 
@@ -516,11 +527,11 @@ def test_search_says_what_it_searches_and_skips(
     searcher: inference.Searcher, photos: Path, capsys: pytest.CaptureFixture
 ):
     (matches,) = searcher.search(["a red circle"], photos)
-    assert {match.path.name for match in matches} == {"a.png", "b.avif", "c.jfif"}
+    assert {match.path.name for match in matches} == {"a.png", "b.jp2", "c.jfif"}
     stdout = capsys.readouterr().out
     assert f"searching 4 images in {photos}\n" in stdout
     assert "skipped 1 of 4 images:" in stdout
-    assert f"{photos / 'damaged.avif'}: cannot be read as an image: " in stdout
+    assert f"{photos / 'damaged.jp2'}: cannot be read as an image: " in stdout
     assert "2 of 3 images are nearly black" in stdout
 
 
