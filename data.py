@@ -240,6 +240,7 @@ class Layout:
 
     folder: Path
     files: list[str]  # all files below the folder, see `list_files`
+    errors: list[str]  # of folders that cannot be read
     captions_file: Path
     read: CaptionReader
     image_dir: Path  # the names of images are relative to it
@@ -260,13 +261,14 @@ def find_layout(data_dir: str | Path) -> Layout:
     if folder.is_file():
         captions_file, read = folder, _find_reader(folder)
         folder = folder.parent
-        files, _ = list_files(folder)
+        files, errors = list_files(folder)
     else:
-        files, _ = list_files(folder)
+        files, errors = list_files(folder)
         captions_file, read = _find_captions(folder, files)
     if isinstance(read, UserError):
         raise read
-    return Layout(folder, files, captions_file, read, _find_image_dir(folder, files, captions_file))
+    image_dir = _find_image_dir(folder, files, captions_file)
+    return Layout(folder, files, errors, captions_file, read, image_dir)
 
 
 def _find_captions(folder: Path, files: list[str]) -> tuple[Path, CaptionReader | UserError]:
@@ -442,6 +444,9 @@ def read_splits(data_dir: str | Path) -> dict[str, Split]:
     lists = lists or _hash_split(sorted(captions))
 
     # Say what is left out.
+    if layout.errors:
+        first = layout.errors[0]
+        print(f"data: left out {len(layout.errors)} folders that cannot be read: {first}")
     unlisted = captions.keys() - set().union(*lists.values())
     uncaptioned = {name for name in names.in_image_dir if is_image(name)} - captions.keys()
     if unlisted or uncaptioned:

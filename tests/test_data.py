@@ -12,6 +12,7 @@ import unicodedata
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from conftest import error_message
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import data
 import trainer
 from config import Config, UserError, parse
 from data import (
@@ -1066,3 +1068,21 @@ def test_generate_shapes_leaves_no_partial_folder_when_killed(
     assert not folder.exists()
     generate_shapes(folder, train=8, dev=1, test=1)
     assert len(captions_by_image(read_splits(folder))) == 10
+
+
+def test_read_splits_names_a_folder_that_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """Once; the images in other folders are read."""
+    folder = own_layout(tmp_path, TABLE, "captions.csv")
+    original = data.list_files
+
+    def list_files(path: Path) -> tuple[list[str], list[str]]:
+        return original(path)[0], [f"{path}/locked: Permission denied"]
+
+    monkeypatch.setattr(data, "list_files", list_files)
+    with suppress(UserError):  # too few images for three splits
+        read_splits(folder)
+    stdout = capsys.readouterr().out
+    assert stdout.count("left out 1 folders that cannot be read") == 1
+    assert "locked: Permission denied" in stdout
