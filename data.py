@@ -311,7 +311,9 @@ def _find_image_dir(folder: Path, files: list[str], captions_file: Path) -> Path
             return base / (known or list(with_images))[0]
         if with_images:
             return base
-    raise UserError(f"{folder}: contains no image; {EXPECTED_LAYOUT}")
+    suffixes = {posixpath.splitext(name)[1].lower() for name in files}
+    advice = HEIF_ADVICE if suffixes & HEIF_SUFFIXES else EXPECTED_LAYOUT
+    raise UserError(f"{folder}: contains no image that can be read; {advice}")
 
 
 def _prefix(path: Path, folder: Path) -> str:
@@ -1171,9 +1173,9 @@ def build_train_loader(
 # ---------------------------------------------------------------- files
 
 
-def remove_leftovers(folder: Path, pattern: str) -> None:
+def remove_leftovers(folder: Path) -> None:
     """Removes temporary files of `atomic_write` whose process was killed on this machine."""
-    for path in folder.glob(f"{pattern}.tmp"):
+    for path in folder.glob("*.tmp"):
         pid = path.suffixes[-2:][0].removeprefix(".")
         if pid.isdigit() and not _is_running(int(pid)):
             with suppress(OSError):
@@ -1181,6 +1183,8 @@ def remove_leftovers(folder: Path, pattern: str) -> None:
 
 
 def _is_running(pid: int) -> bool:
+    if os.name == "nt":
+        return True  # os.kill would send a signal there
     try:
         os.kill(pid, 0)  # sends no signal
     except (ProcessLookupError, OverflowError):

@@ -190,11 +190,12 @@ def hub_bias(embeddings: Tensor, references: Tensor, block_size: int = 4096) -> 
     near to every query and would crowd out right answers.
     """
     queries = references.float().numpy()
+    k = min(NNN_K, len(queries))
     bias = np.empty(len(embeddings), np.float32)
     for start in range(0, len(embeddings), block_size):
         block = embeddings[start : start + block_size].numpy()
         cosines = block @ queries.T  # (b, D) @ (D, R)
-        nearest = np.partition(cosines, -NNN_K, axis=1)[:, -NNN_K:]  # (b, k)
+        nearest = np.partition(cosines, -k, axis=1)[:, -k:]  # (b, k)
         bias[start : start + block_size] = NNN_ALPHA * nearest.mean(axis=1)
     return torch.from_numpy(bias)
 
@@ -414,7 +415,7 @@ class EmbeddingIndex:
     def read(self) -> tuple[list[Signature], np.ndarray]:
         """The images and their embeddings; both empty if there is no valid index of this model."""
         empty = [], np.empty((0, self.width), np.float32)
-        remove_leftovers(self.folder, "*")
+        remove_leftovers(self.folder)
         listing = self.folder / f"{self.name}.json"
         if not listing.is_file():
             return empty
@@ -614,8 +615,7 @@ class Searcher:
         """The readable images and their embeddings (N, D); see `search` for `images`.
 
         Embeddings are kept in an index beside the checkpoint. Only images that are new or changed
-        since then, by path, size and modification time, are encoded. Unreadable ones are tried
-        again.
+        since then, by path, size, times and inode, are encoded. Unreadable ones are tried again.
         """
         paths, rows = self._index(images)
         return paths, rows[:, : self.config.projection_dim]
@@ -654,7 +654,7 @@ class Searcher:
         # 3. Order the embeddings as the images, and save them.
         found = [(p, s) for p, s in zip(paths, signatures) if s in row_of]
         if not found:
-            raise UserError(f"{images}: contains no image that can be read")
+            raise UserError(f"{images or self.config.data_dir}: contains no image that can be read")
         found_signatures = [signature for _, signature in found]
         embeddings = embeddings[[row_of[signature] for signature in found_signatures]]
         if found_signatures != known:
@@ -738,7 +738,7 @@ def _save(results: list[list[Match]], plot: Any, output: Path) -> None:
 
 
 def plot_matches(results: list[list[Match]]) -> Figure:
-    """A grid of images for each query, with rank, cosine and file name."""
+    """A grid of images for each query, with rank, score and file name."""
     n = max(len(matches) for matches in results)
     # Between 4 and 8 columns, with as few empty cells as possible.
     columns = min(n, min(range(4, 9), key=lambda columns: -n % columns))

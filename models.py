@@ -716,6 +716,8 @@ def _checkpoint_of(content: dict[str, Any], checksums: list[tuple[str, int]]) ->
 
 
 def _validate_references(references: References, projection_dim: int) -> None:
+    if len(references.images) == 0:
+        raise ValueError("it has no references")
     shape = (len(references.images), projection_dim)
     for tensor in (references.images, references.texts):
         if (

@@ -130,16 +130,17 @@ def resumed_config(argv: list[str] | None, checkpoint: Checkpoint, path: str) ->
 
 
 def initialized_config(argv: list[str] | None, checkpoint: Checkpoint, path: str) -> Config:
-    """The settings of the command line, with the architecture and image size of the checkpoint.
+    """The settings of the command line, with the architecture of the checkpoint.
 
-    The encoders count as pretrained: their batch-norm statistics are kept, and the fractions
-    to freeze apply. Raises `UserError` for another architecture.
+    Image size and stochastic depth are the checkpoint's unless they are given. The encoders count
+    as pretrained: batch-norm statistics are kept, and the fractions to freeze apply. Raises
+    `UserError` for another architecture.
     """
-    architecture = {name: getattr(checkpoint.config, name) for name in ARCHITECTURE}
-    image_size = checkpoint.config.image_size
-    saved = Config(**architecture, image_size=image_size, pretrained=True, init_from=path)
+    inherited = (*ARCHITECTURE, "image_size", "drop_path")
+    settings = {name: getattr(checkpoint.config, name) for name in inherited}
+    saved = Config(**settings, pretrained=True, init_from=path)
     config = parse(Config, argv, default=saved)
-    check_unchanged(config, saved, [*ARCHITECTURE, "pretrained", "demo"])
+    check_unchanged(config, saved, [*ARCHITECTURE, "demo"])
     return config
 
 
@@ -532,6 +533,8 @@ def setup_model_and_data(
         splits = load_splits(config, dist)
         if config.resume:
             check_data_unchanged(checkpoint.training.data, splits, config)
+        else:  # --init-from: the new run has its own dropout and stochastic depth
+            checkpoint = replace(checkpoint, config=config)
         return load_clip(checkpoint), checkpoint.tokenizer, splits
     if config.pretrained:
         # Encoders first: if they cannot be loaded, that is said before any data is downloaded.
@@ -736,7 +739,7 @@ def open_run_dir(run: Run) -> None:
 
         next_step = len(run.history) * len(run.loader) + 1
         run.writer = SummaryWriter(run.run_dir / "events", purge_step=next_step)
-    remove_leftovers(run.run_dir, "*")
+    remove_leftovers(run.run_dir)
     if run.config.resume:
         write_metrics(run)  # the run may have been killed before it wrote them
     else:

@@ -315,3 +315,10 @@ def test_retrieval_metrics_subtract_both_biases() -> None:
     )
     for name in METRICS:
         assert metrics[name] == pytest.approx((t2i if name.startswith("t2i") else i2t)[name])
+
+
+def test_hub_bias_of_fewer_references_than_k_is_their_mean() -> None:
+    embeddings = normalize(torch.randn(5, 8), dim=-1)
+    references = normalize(torch.randn(3, 8), dim=-1)
+    expected = inference.NNN_ALPHA * (embeddings @ references.T).mean(dim=1)
+    torch.testing.assert_close(inference.hub_bias(embeddings, references), expected)

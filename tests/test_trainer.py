@@ -779,6 +779,18 @@ def test_init_from_trains_on_other_data(trained, workdir, shapes):
     )
 
 
+def test_init_from_has_the_dropout_of_the_new_run(trained, workdir, shapes):
+    """And saves it, so that a resumed run has the same."""
+    argv = ["--init-from", str(trained / "best.pt"), "--data-dir", str(shapes), *SMALL]
+    argv += ["--dropout", "0.2", "--drop-path", "0.3"]
+    checkpoint = load_checkpoint(trained / "best.pt")
+    config = trainer.initialized_config(argv, checkpoint, str(trained / "best.pt"))
+    run = trainer.setup(config, checkpoint)
+    assert (run.config.dropout, run.config.drop_path) == (0.2, 0.3)
+    assert run.model.image.head.dropout.p == run.model.text.head.dropout.p == 0.2
+    assert run.model.image.encoder.drop_path == 0.3
+
+
 def test_init_from_rejects_another_architecture(trained, workdir):
     message = error_message(main, "--init-from", trained / "best.pt", "--projection-dim", "64")
     assert "--projection-dim 64: the checkpoint has 256" in message
