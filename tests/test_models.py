@@ -483,7 +483,7 @@ def test_build_text_encoder_converts_half_precision_to_float32(
 ) -> None:
     folder = tmp_path / "half"
     shutil.copytree(backbones["text"], folder)
-    AutoModel.from_pretrained(backbones["text"], dtype=torch.float16).save_pretrained(folder)
+    AutoModel.from_pretrained(backbones["text"]).half().save_pretrained(folder)
     config = replace(CONFIG, text_encoder=str(folder), pretrained=True)
     encoder, _ = build_text_encoder(config)
     assert {parameter.dtype for parameter in encoder.parameters()} == {torch.float32}
