@@ -247,7 +247,7 @@ for batch_size, chunk_size in ((32, 32), (512, 32), (512, 0)):
     texts = [tokenize(tokenizer, captions) for _ in range(batch_size // bucket_size)]
     pixels = random_pixels(CONFIG, count=batch_size)
     contrastive_loss(*model(pixels, texts, chunk_size)).backward()
-    status = Path("/proc/self/status").read_text()  # not getrusage, which begins at the parent's peak
+    status = Path("/proc/self/status").read_text()  # getrusage begins at the parent's peak
     peaks.append(int(re.search(r"VmHWM:\\s+(\\d+)", status)[1]))
 print(json.dumps(peaks))
 """
