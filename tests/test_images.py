@@ -227,6 +227,7 @@ def test_load_image_rejects_what_is_no_image(tmp_path: Path, kind: str):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_loader_names_broken_image_in_one_line(tmp_path: Path, num_workers: int):
     path = broken_image(tmp_path, "truncated")
@@ -606,6 +607,7 @@ def test_bug_in_a_worker_keeps_its_traceback(error: Exception):
         main([])
 
 
+@pytest.mark.slow
 def test_killed_worker_is_one_line():
     class Killed(Buggy):
         def __getitem__(self, index: int) -> object:

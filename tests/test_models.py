@@ -421,6 +421,7 @@ def test_build_image_encoder_rejects_unsupported_drop_path() -> None:
     assert build_image_encoder(replace(config, drop_path=0.0)).feature_dim == 1280
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ghostnet_050", "densenet121", "vgg11"])
 def test_build_image_encoder_leaves_out_default_drop_path(
     name: str, capsys: pytest.CaptureFixture[str]

@@ -149,6 +149,7 @@ def test_other_commands_name_files_that_exist() -> None:
             assert (ROOT / path).is_file(), path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_measuring_commands_use_flags_that_exist(program: str) -> None:
     help_text = script(f"tests/benchmarks/{program}.py", "--help", cwd=ROOT).stdout

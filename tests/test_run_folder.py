@@ -50,6 +50,7 @@ def stopped(shapes: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 # ---------------------------------------------------------------- the lock
 
 
+@pytest.mark.slow
 def test_lock_run_dir_names_the_process_that_has_it(
     holder: subprocess.Popen, workdir: Path, shapes: Path
 ) -> None:
@@ -58,6 +59,7 @@ def test_lock_run_dir_names_the_process_that_has_it(
     assert names_in(workdir / "runs/demo") == [LOCK]
 
 
+@pytest.mark.slow
 def test_lock_run_dir_is_released_by_kill_9(holder: subprocess.Popen) -> None:
     os.kill(holder.pid, signal.SIGKILL)
     holder.wait()
@@ -160,6 +162,7 @@ def swap_two_images(data: Path) -> None:
     dev.write_text("\n".join(other))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
@@ -183,6 +186,7 @@ def test_resume_says_what_changed_in_the_data_set(
     assert "--allow-changed-data" in error_message(main, "--resume", stopped / "last.pt")
 
 
+@pytest.mark.slow
 def test_resume_of_an_older_checkpoint_compares_no_data(stopped: Path, trained: Path) -> None:
     content = torch.load(stopped / "last.pt", weights_only=True)
     del content["data"]

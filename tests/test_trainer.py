@@ -90,6 +90,7 @@ def test_test_best_prints_a_search_command_that_works(demo):
     Image.open(demo.folder / "matches.png").verify()
 
 
+@pytest.mark.slow
 def test_test_best_quotes_the_search_command(workdir, shapes, capsys):
     """The command can be pasted into a shell although the run's name contains a space."""
     main([*TINY, "--epochs", "1", "--name", "my run", "--data-dir", str(shapes)])
@@ -101,6 +102,7 @@ def test_test_best_quotes_the_search_command(workdir, shapes, capsys):
     Image.open(workdir / "matches.png").verify()
 
 
+@pytest.mark.slow
 def test_main_quotes_the_resume_command(workdir, shapes, monkeypatch):
     """As above, for the command that is printed when a run is stopped."""
     with monkeypatch.context() as patch:
@@ -539,6 +541,7 @@ def test_training_updates_encoders_but_not_bn_stats(workdir, shapes, backbones, 
     assert any("word_embeddings" in name for name in changed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("constant", ["image", "text"])
 def test_zero_lr_keeps_a_pretrained_encoder_unchanged(
     workdir, shapes, backbones, pretrained_flags, constant
@@ -695,6 +698,7 @@ def test_truncated_image_stops_training_with_its_path(workdir, own_shapes, worke
 # ---------------------------------------------------------------- frozen encoders
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen_part", ["image", "text"])
 @pytest.mark.parametrize("fraction", [0.0, 0.5, 1.0])
 def test_freeze_keeps_the_fraction_nearest_to_the_input(
@@ -760,6 +764,7 @@ def test_init_from_starts_a_new_run_from_the_model(trained, workdir, shapes, mon
     assert load_checkpoint("runs/tuned/last.pt").training.history == []
 
 
+@pytest.mark.slow
 def test_init_from_trains_on_other_data(trained, workdir, shapes):
     main(
         [
@@ -825,6 +830,7 @@ def test_resume_says_that_a_run_is_finished(trained, workdir, shapes, capsys):
 # ---------------------------------------------------------------- references
 
 
+@pytest.mark.slow
 def test_best_pt_gets_references_of_the_best_model(workdir, shapes, monkeypatch):
     monkeypatch.setattr("inference.MIN_REFERENCES", 40)
     main([*TINY, "--epochs", "1", "--data-dir", str(shapes)])
