@@ -72,7 +72,7 @@ class CaptionRow(NamedTuple):
     split: str = ""  # if the caption file defines the splits
 
 
-CaptionReader = Callable[[Path], Iterator[CaptionRow | UserError]]  # an error for a broken row
+CaptionParser = Callable[[Path], Iterator[CaptionRow | UserError]]  # an error for a broken row
 
 
 def _read_text(path: Path) -> str:
@@ -88,7 +88,7 @@ def _read_text(path: Path) -> str:
         raise UserError(f"{path}, row {row}: not UTF-8; save the file as UTF-8") from None
 
 
-def _find_reader(path: Path) -> CaptionReader | UserError:
+def _find_parser(path: Path) -> CaptionParser | UserError:
     """The function that reads a caption file, by its name and first line, or what is wrong."""
     if path.suffix.lower() == ".json":
         return _read_karpathy
@@ -242,7 +242,7 @@ class Layout:
     files: list[str]  # all files below the folder, see `list_files`
     errors: list[str]  # of folders that cannot be read
     captions_file: Path
-    read: CaptionReader
+    read: CaptionParser
     image_dir: Path  # the names of images are relative to it
 
 
@@ -259,7 +259,7 @@ def find_layout(data_dir: str | Path) -> Layout:
     if not folder.exists():
         raise UserError(f"--data-dir {data_dir}: no such folder")
     if folder.is_file():
-        captions_file, read = folder, _find_reader(folder)
+        captions_file, read = folder, _find_parser(folder)
         folder = folder.parent
         files, errors = list_files(folder)
     else:
@@ -271,15 +271,15 @@ def find_layout(data_dir: str | Path) -> Layout:
     return Layout(folder, files, errors, captions_file, read, image_dir)
 
 
-def _find_captions(folder: Path, files: list[str]) -> tuple[Path, CaptionReader | UserError]:
-    """The caption file, and its reader or what is wrong with it; see `find_layout`."""
+def _find_captions(folder: Path, files: list[str]) -> tuple[Path, CaptionParser | UserError]:
+    """The caption file, and its parser or what is wrong with it; see `find_layout`."""
     unfit: list[tuple[Path, UserError]] = []
     for depth in (0, 1):
         names = [name for name in files if name.count("/") == depth]
         paths = [folder / name for name in names if CAPTION_FILE.match(posixpath.basename(name))]
-        readers = [(path, _find_reader(path)) for path in sorted(paths) if path.is_file()]
-        unfit += [(path, reader) for path, reader in readers if isinstance(reader, UserError)]
-        fitting = [(path, reader) for path, reader in readers if callable(reader)]
+        parsers = [(path, _find_parser(path)) for path in sorted(paths) if path.is_file()]
+        unfit += [(path, parser) for path, parser in parsers if isinstance(parser, UserError)]
+        fitting = [(path, parser) for path, parser in parsers if callable(parser)]
         if len(fitting) > 1:
             listed = ", ".join(str(path) for path, _ in fitting)
             raise UserError(

@@ -1,8 +1,8 @@
 """Evaluation and search with a trained model.
 
 python inference.py --weights runs/demo/best.pt --n 8
-python inference.py --weights runs/clip/best.pt --images ~/Pictures --query "a dog on a beach"
-python inference.py --weights runs/clip/best.pt --like photo.jpg --images ~/Pictures
+python inference.py --weights runs/clip/best.pt --images my/folder --query "a dog on a beach"
+python inference.py --weights runs/clip/best.pt --like photo.jpg --images my/folder
 python inference.py --weights runs/clip/best.pt --image photo.jpg --query "a dog" --query "a cat"
 python inference.py --weights runs/clip/best.pt --evaluate
 """

@@ -204,3 +204,19 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty current directory."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def checkpoint(trained: Path, workdir: Path) -> Path:
+    """A checkpoint without an index: `w.pt` in the current directory."""
+    shutil.copy(trained / "best.pt", workdir / "w.pt")
+    return Path("w.pt")
+
+
+@pytest.fixture
+def images(shapes: Path, workdir: Path) -> Path:
+    """A folder of four images: `images` in the current directory."""
+    (workdir / "images").mkdir()
+    for source in sorted((shapes / "Images").iterdir())[:4]:
+        shutil.copy(source, workdir / "images")
+    return Path("images")

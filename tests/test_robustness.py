@@ -50,22 +50,6 @@ def dataset(workdir: Path, shapes: Path) -> Path:
 
 
 @pytest.fixture
-def checkpoint(trained: Path, workdir: Path) -> Path:
-    """A checkpoint without an index: `w.pt` in the current directory."""
-    shutil.copy(trained / "best.pt", workdir / "w.pt")
-    return Path("w.pt")
-
-
-@pytest.fixture
-def images(shapes: Path, workdir: Path) -> Path:
-    """A folder of four images: `images` in the current directory."""
-    (workdir / "images").mkdir()
-    for source in sorted((shapes / "Images").iterdir())[:4]:
-        shutil.copy(source, workdir / "images")
-    return Path("images")
-
-
-@pytest.fixture
 def ordinary_user() -> Iterator[None]:
     """Drops root's capabilities to read and write every file during a test."""
     libc = ctypes.CDLL(None)

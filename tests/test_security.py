@@ -24,22 +24,6 @@ HUB = "nobody/no-such-model"
 
 
 @pytest.fixture
-def checkpoint(trained: Path, workdir: Path) -> Path:
-    """A checkpoint without an index: `w.pt` in the current directory."""
-    shutil.copy(trained / "best.pt", workdir / "w.pt")
-    return Path("w.pt")
-
-
-@pytest.fixture
-def images(shapes: Path, workdir: Path) -> Path:
-    """A folder of four images: `images` in the current directory."""
-    (workdir / "images").mkdir()
-    for source in sorted((shapes / "Images").iterdir())[:4]:
-        shutil.copy(source, workdir / "images")
-    return Path("images")
-
-
-@pytest.fixture
 def connections(monkeypatch: pytest.MonkeyPatch) -> list:
     """The hosts and addresses that this process tries to connect to; every attempt fails."""
     attempts = []
