@@ -158,7 +158,83 @@ def two_captions() -> None:
     trainer.contrastive_loss = loss
 
 
+@change("MixGen on a quarter of the pairs")
+def mixgen() -> None:
+    """Replaces a quarter of a batch by mixed pairs (arXiv 2206.08358).
+
+    A mixed pair is the mean of two images of the batch, with both of their captions.
+    """
+    original_collate = data.collate
+
+    def mix(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+        pixels = (one["pixels"].astype(np.uint16) + other["pixels"]) // 2
+        caption = f"{one['caption']} {other['caption']}"
+        return {"pixels": pixels.astype(np.uint8), "caption": caption}
+
+    def collate(
+        items: list[dict[str, Any]], tokenizer: Tokenizer, bucket_size: int
+    ) -> dict[str, Any]:
+        quarter = len(items) // 4
+        mixed = [mix(*pair) for pair in zip(items[:quarter], items[quarter : 2 * quarter])]
+        return original_collate(mixed + items[quarter:], tokenizer, bucket_size)
+
+    data.collate = collate
+
+
 # ---------------------------------------------------------------- model
+
+
+class GeneralizedPooling(nn.Module):
+    """The pooling of VSE-infinity (arXiv 2011.04305): (B, C, H, W) to (B, C).
+
+    Each channel's values are sorted and summed with learned weights, one per rank, which a GRU
+    gives for any number of values. In training, 20 % of the values are left out at random.
+    """
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.width = width
+        self.gru = nn.GRU(width, width, batch_first=True, bidirectional=True)
+        self.score = nn.Linear(width, 1, bias=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        values = features.float().flatten(2)  # (B, C, H * W)
+        if self.training:
+            kept = torch.randperm(values.shape[2])[: round(0.8 * values.shape[2])]
+            values = values[..., kept]
+        ranked = values.sort(dim=2, descending=True).values  # (B, C, K)
+        num_ranks = ranked.shape[2]
+        ranks = torch.arange(num_ranks, device=values.device)[:, None]  # (K, 1)
+        exponents = torch.arange(0, self.width, 2, device=values.device) / self.width
+        angles = ranks / 10_000**exponents  # (K, width / 2)
+        encodings = torch.cat([angles.sin(), angles.cos()], dim=1)  # (K, width)
+        states, _ = self.gru(encodings[None])  # (1, K, 2 * width)
+        forward, backward = states.chunk(2, dim=2)
+        weights = self.score((forward + backward) / 2).flatten().softmax(dim=0)  # (K,)
+        return ranked @ weights  # (B, C, K) @ (K,)
+
+
+@change("generalized pooling")
+def generalized_pooling() -> None:
+    original_init = ImageEncoder.__init__
+    original_groups = trainer.param_groups
+
+    def init(self: ImageEncoder, *args: Any, **options: Any) -> None:
+        original_init(self, *args, **options)
+        self.model.global_pool = GeneralizedPooling()
+
+    def param_groups(model: CLIP, config: Config) -> list[dict[str, Any]]:
+        """The pooling is new, so it has the learning rate of the heads."""
+        pooling = list(model.image.encoder.model.global_pool.parameters())
+        for parameter in pooling:
+            parameter.requires_grad = False  # left out of the encoder's groups
+        groups = original_groups(model, config)
+        for parameter in pooling:
+            parameter.requires_grad = True
+        return [{"params": pooling, "lr": config.head_lr, "weight_decay": 0.0}, *groups]
+
+    ImageEncoder.__init__ = init
+    trainer.param_groups = param_groups
 
 
 @change("average and max pooling")
