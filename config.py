@@ -6,8 +6,10 @@ python inference.py --help
 
 import functools
 import io
+import multiprocessing
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -22,6 +24,7 @@ FLICKR8K_URL = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k
 OUTPUT_FORMATS = (".png", ".jpg", ".jpeg", ".pdf", ".svg", ".csv")
 Precision = Literal["auto", "float32", "bfloat16"]
 WORKER = "DataLoader worker"  # how torch's error messages name a worker process
+TIMED_OUT = "DataLoader timed out"  # torch's error if the workers deliver nothing
 
 
 class UserError(Exception):
@@ -267,6 +270,8 @@ def cli_errors(main: Callable[..., None]) -> Callable[..., None]:
             cause = _known_cause(error)
             if cause is None:
                 raise
+            if TIMED_OUT in str(error):
+                _kill_workers()
             sys.exit(f"error: {cause}: {str(error).splitlines()[0]}")
         except (KeyboardInterrupt, EOFError):  # EOF: a stopped worker has closed its pipe
             sys.exit("stopped")
@@ -281,6 +286,8 @@ def _known_cause(error: Exception) -> str | None:
         return "out of memory; try --chunk-size 32 in training, --device cpu in search"
     if "TORCHELASTIC_RUN_ID" in os.environ and re.search("gloo|NCCL", message):
         return "another process of this run has stopped"
+    if message.startswith(TIMED_OUT):
+        return "the DataLoader workers are blocked; does their file system answer?"
     # Not an exception in a worker, "Caught ... in DataLoader worker": it is a bug. The connection
     # of a ConnectionError is to a worker.
     if f"{WORKER} (pid" in message or isinstance(error, ConnectionError):
@@ -288,7 +295,14 @@ def _known_cause(error: Exception) -> str | None:
     return None
 
 
-def progress(items: Iterable, description: str, **options: Any) -> tqdm:
+def _kill_workers() -> None:
+    """Python waits for its processes when it exits, but a stopped one does not end on SIGTERM."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises for a killed worker
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
+def progress(items: Iterable | None, description: str, **options: Any) -> tqdm:
     """A progress bar that appears after one second; in a log file it prints a line now and then."""
     interval = 0.1 if sys.stderr.isatty() else 30  # seconds
     return tqdm(

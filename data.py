@@ -45,6 +45,11 @@ from config import DEMO_DEFAULTS, WORKER, Config, UserError, check, progress, sh
 SPLITS = ("train", "dev", "test")
 ARCHIVES = ("Flickr8k_Dataset.zip", "Flickr8k_text.zip")
 MAX_MISSING = 0.01  # fraction of the captions whose image may be missing, and of broken rows
+MAX_ARCHIVE = 3 * 2**30  # bytes of a download, packed or unpacked; Flickr8k has 1.1 GB
+MAX_MEMBERS = 100_000  # files in it; Flickr8k has 16,000
+DOWNLOAD_TIMEOUT = 60  # seconds without a byte
+LOADER_TIMEOUT = 1800  # seconds without a batch from the DataLoader workers
+SHARED_MEMORY = Path("/dev/shm")  # of Linux
 TEXT_BUCKETS = 4  # on the CPU a batch's captions are padded in this number of groups
 
 
@@ -77,6 +82,8 @@ CaptionParser = Callable[[Path], Iterator[CaptionRow | UserError]]  # an error f
 
 def _read_text(path: Path) -> str:
     """The text of a UTF-8 file, with or without a byte-order mark, or of a UTF-16 file with one."""
+    if not path.is_file():  # opening a named pipe would block
+        raise UserError(f"{path}: No such file")
     try:
         content = path.read_bytes()
         is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
@@ -256,15 +263,15 @@ def find_layout(data_dir: str | Path) -> Layout:
     Raises `UserError` if there is no such folder or file, or if several fit.
     """
     folder = Path(data_dir)
-    if not folder.exists():
-        raise UserError(f"--data-dir {data_dir}: no such folder")
     if folder.is_file():
         captions_file, read = folder, _find_parser(folder)
         folder = folder.parent
         files, errors = list_files(folder)
-    else:
+    elif folder.is_dir():
         files, errors = list_files(folder)
         captions_file, read = _find_captions(folder, files)
+    else:
+        raise UserError(f"--data-dir {data_dir}: no such folder")
     if isinstance(read, UserError):
         raise read
     image_dir = _find_image_dir(folder, files, captions_file)
@@ -587,7 +594,7 @@ def prepare_data_dir(config: Config) -> None:
 def download_flickr8k(folder: Path, base_url: str) -> None:
     """Downloads and unpacks both archives. `folder` appears only when all of it is complete.
 
-    Raises `UserError` with the URL and the ways out for any failure.
+    Raises `UserError` with the URL and the ways out for any failure, and removes what it wrote.
     """
     print(f"data: {folder} is absent; downloading Flickr8k (1.1 GB, non-commercial research only)")
     staging = _staging_dir(folder)
@@ -596,6 +603,7 @@ def download_flickr8k(folder: Path, base_url: str) -> None:
         try:
             _download_and_unpack(url, staging / name)
         except Exception as error:  # a wrong URL, a broken transfer or a damaged archive
+            shutil.rmtree(staging, ignore_errors=True)
             raise UserError(
                 f"{url}: {error}. Run it again, or unpack {' and '.join(ARCHIVES)} into {folder}, "
                 "or pass another --data-dir, or try --demo"
@@ -605,13 +613,11 @@ def download_flickr8k(folder: Path, base_url: str) -> None:
 
 def _download_and_unpack(url: str, archive: Path) -> None:
     """Unpacks the zip file at `url` beside `archive`, the path that it is downloaded to."""
-    with urllib.request.urlopen(url, timeout=60) as response:
-        expected_size = response.headers["Content-Length"]
-    torch.hub.download_url_to_file(url, str(archive))
-    size = archive.stat().st_size
-    if expected_size and size != int(expected_size):
-        raise OSError(f"only {size:,} of {int(expected_size):,} bytes arrived")
+    _download(url, archive)
     with zipfile.ZipFile(archive) as members:
+        size = sum(member.file_size for member in members.infolist())
+        if size > MAX_ARCHIVE or len(members.infolist()) > MAX_MEMBERS:
+            raise OSError(f"it would unpack to {size:,} bytes in {len(members.infolist()):,} files")
         damaged = members.testzip()
         if damaged:
             raise OSError(f"{damaged} in it is damaged")
@@ -620,6 +626,21 @@ def _download_and_unpack(url: str, archive: Path) -> None:
                 raise OSError(f"{member} in it is outside its folder")
         members.extractall(archive.parent)
     archive.unlink()
+
+
+def _download(url: str, path: Path) -> None:
+    """Raises `OSError` for a transfer that stalls, ends early or is larger than `MAX_ARCHIVE`."""
+    with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response, path.open("wb") as file:
+        expected = int(response.headers["Content-Length"] or 0)
+        size = {"total": expected or None, "unit": "B", "unit_scale": True}
+        with progress(None, path.name, **size) as bar:
+            for chunk in iter(lambda: response.read(2**16), b""):
+                file.write(chunk)
+                bar.update(len(chunk))
+                if file.tell() > MAX_ARCHIVE:
+                    raise OSError(f"it is larger than {MAX_ARCHIVE:,} bytes")
+        if expected and file.tell() != expected:
+            raise OSError(f"only {file.tell():,} of {expected:,} bytes arrived")
 
 
 def _staging_dir(folder: Path) -> Path:
@@ -1122,18 +1143,49 @@ def _caption_id(caption: str) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
+@functools.cache  # its line is printed once, not in each epoch
+def limit_workers(num_workers: int, batch_bytes: int) -> int:
+    """At most the number of DataLoader workers whose batches fit into the free shared memory.
+
+    In a container it often has 64 MB only, and workers that find it full block for ever.
+    """
+    if num_workers == 0 or not SHARED_MEMORY.is_dir():
+        return num_workers
+    is_writable = os.access(SHARED_MEMORY, os.W_OK)
+    free = shutil.disk_usage(SHARED_MEMORY).free if is_writable else 0
+    # Half is left to other loaders: that of training keeps its batches during validation.
+    num_batches = free // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) // batch_bytes
+    most = max(0, num_batches // 2 - 1)  # each worker prefetches 2 batches, and 2 are in use
+    if most >= num_workers:
+        return num_workers
+    print(
+        f"{SHARED_MEMORY} has {free / 2**20:,.0f} MB free: {most} DataLoader workers instead of "
+        f"{num_workers} (docker run --shm-size=8g gives it more)"
+    )
+    return most
+
+
 def build_loader(
-    dataset: Dataset, num_workers: int, device: torch.device, collate_fn: Callable, **options: Any
+    dataset: Dataset,
+    num_workers: int,
+    device: torch.device,
+    collate_fn: Callable,
+    batch_bytes: int,
+    **options: Any,
 ) -> DataLoader:
     """A `DataLoader` for batches on `device`. With `num_workers` -1 it chooses the number.
 
-    It has a generator of its own, so that it does not change torch's, which dropout samples from.
+    `batch_bytes`, the size of a batch, limits the number of workers. The loader has a generator of
+    its own, so that it does not change torch's, which dropout samples from.
     """
     if num_workers < 0 and device.type == "cpu":
         num_workers = 4
     elif num_workers < 0:
         cores_per_process = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         num_workers = max(4, min(cores_per_process, 16))
+    num_workers = limit_workers(num_workers, batch_bytes)
+    # With a timeout torch does not notice on Windows that a worker has died.
+    timeout = LOADER_TIMEOUT if num_workers and os.name != "nt" else 0
     # More workers than cores do no harm here.
     warnings.filterwarnings("ignore", "This DataLoader will create")
     return DataLoader(
@@ -1142,6 +1194,7 @@ def build_loader(
         collate_fn=collate_fn,
         pin_memory=device.type == "cuda",
         persistent_workers=num_workers > 0,
+        timeout=timeout,
         generator=torch.Generator(),
         **options,
     )
@@ -1167,7 +1220,11 @@ def build_train_loader(
         bucket_size = min(bucket_size, config.chunk_size)
     collate_fn = partial(collate, tokenizer=tokenizer, bucket_size=bucket_size)
     dataset = ImageCaptionDataset(split, config)
-    return build_loader(dataset, config.num_workers, device, collate_fn, batch_sampler=sampler)
+    # Pixels, and token ids with their mask.
+    batch_bytes = sampler.local_batch_size * (3 * config.image_size**2 + 16 * config.max_length)
+    return build_loader(
+        dataset, config.num_workers, device, collate_fn, batch_bytes, batch_sampler=sampler
+    )
 
 
 # ---------------------------------------------------------------- files

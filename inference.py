@@ -110,7 +110,8 @@ def encode_images(
     size = eval_image_size(tower, config)
     dataset = ImageDataset(paths, size)
     batch_size = max(1, min(ENCODE_BATCH, ENCODE_PIXELS // size**2))
-    loader = build_loader(dataset, num_workers, device, collate_fn=list, batch_size=batch_size)
+    batch_bytes = batch_size * 3 * size**2
+    loader = build_loader(dataset, num_workers, device, list, batch_bytes, batch_size=batch_size)
     embeddings = torch.empty(len(paths), config.projection_dim)
     num_encoded = num_dark = 0
     errors: dict[int, UserError] = {}

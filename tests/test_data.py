@@ -775,7 +775,7 @@ def test_read_splits_rejects_folder_in_neither_layout(tmp_path: Path, missing: s
 
 # ---------------------------------------------------------------- download
 
-Response = tuple[bytes, dict[str, object]]  # body and headers
+Response = tuple[bytes | Iterable[bytes], dict[str, object]]  # body, or its parts, and headers
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -790,7 +790,9 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in headers.items():
             self.send_header(name, str(value))
         self.end_headers()
-        self.wfile.write(body)
+        with suppress(ConnectionError):  # the client has closed it
+            for part in [body] if isinstance(body, bytes) else body:
+                self.wfile.write(part)
 
     def log_message(self, *_):
         pass
@@ -895,6 +897,37 @@ def test_download_recovers_from_broken_transfer(
     download_flickr8k(Path("data/flickr8k"), server.url)
     assert len(captions_by_image(read_splits("data/flickr8k"))) == 3
     assert [path.name for path in Path("data").iterdir()] == ["flickr8k"]
+
+
+def stalling_body() -> Iterator[bytes]:
+    yield b"x" * 50
+    time.sleep(3)
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        pytest.param(stalling_body(), "timed out", id="stalls"),
+        pytest.param(itertools.repeat(bytes(2**16)), "larger than 100,000 bytes", id="endless"),
+        pytest.param(zip_of({"a.txt": bytes(10**6)}), "to 1,000,000 bytes in 1 files", id="bomb"),
+        pytest.param(LONG_ZIP, "bytes in 20 files", id="many files"),
+    ],
+)
+def test_download_is_bounded_in_time_and_size(
+    workdir: Path,
+    server: ThreadingHTTPServer,
+    monkeypatch: pytest.MonkeyPatch,
+    body: bytes | Iterable[bytes],
+    reason: str,
+):
+    """It ends in one line, and nothing is left."""
+    monkeypatch.setattr(data, "DOWNLOAD_TIMEOUT", 0.3)
+    monkeypatch.setattr(data, "MAX_ARCHIVE", 100_000)
+    monkeypatch.setattr(data, "MAX_MEMBERS", 10)
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", lambda _: pytest.fail("unpacked"))
+    server.responses[f"/Flickr8k/{ARCHIVES[0]}"] = body, {}
+    assert reason in user_error(download_flickr8k, Path("data/flickr8k"), server.url)
+    assert not list(Path("data").iterdir())
 
 
 @settings(deadline=None, max_examples=60, derandomize=True)
