@@ -177,6 +177,7 @@ def test_train_dead_worker_is_error_and_run_resumes(
 
     with monkeypatch.context() as patch:
         patch.setattr(dataset_class, "__getitem__", load_or_die)
+        patch.setattr(trainer, "SAVE_SECONDS", 0)
         message = error_message(train, *TINY, "--num-workers", "1", "--data-dir", shapes)
     assert "died" in message
     assert "--num-workers 0" in message
@@ -255,6 +256,7 @@ def test_train_memory_is_constant_over_50_epochs(
         megabytes.append(resident_megabytes())
 
     monkeypatch.setattr(trainer, "save_checkpoint", save_and_measure)
+    monkeypatch.setattr(trainer, "SAVE_SECONDS", 0)
     train([*TINY, "--epochs", "50", "--data-dir", "few"])
     assert len(megabytes) == 51
     assert megabytes[50] - megabytes[10] < 40  # a figure kept from each epoch would be 80
