@@ -936,6 +936,7 @@ class Transform:
             brightness=(0.7, 1.3), contrast=(0.7, 1.3), saturation=(0.7, 1.3), hue=(0, 0), p=0.8
         )
         self.augmentation = A.Compose([crop, jitter])
+        self.flip = partial(cv2.flip, flipCode=1)  # horizontal
         # The `min_side` of the images, for `load_image`.
         self.min_side = size
         self.augment_min_side = math.ceil(size / math.sqrt(area / ratio))
@@ -949,9 +950,9 @@ class Transform:
         self.augmentation.set_random_seed(int(rng.integers(2**31)))
         mentions_side = re.search(r"\b(left|right)\b", caption, re.IGNORECASE)
         if rng.random() < 0.5 and not mentions_side:
-            pixels = pixels[:, ::-1]  # horizontal flip
+            pixels = self.flip(pixels)
         pixels = _square_crop(pixels, position=rng.random())
-        return self.augmentation(image=np.ascontiguousarray(pixels))["image"]
+        return self.augmentation(image=pixels)["image"]
 
 
 def _square_crop(pixels: np.ndarray, position: float) -> np.ndarray:
@@ -998,35 +999,40 @@ class ImageCaptionDataset(Dataset):
 
 
 class EpochBatchSampler(Sampler):
-    """Batches of indices of an `ImageCaptionDataset` in an order that depends on (seed, epoch).
+    """Batches of indices of an `ImageCaptionDataset`, of all `epochs` one after the other.
 
-    With several processes each takes its own part of every batch. The last incomplete batch of an
-    epoch is dropped. Call `set_epoch` before each epoch. The epoch is part of the indices because
-    workers that are kept alive do not see a changed attribute of the dataset.
+    So DataLoader workers do not wait between two epochs. The order depends on (seed, epoch). With
+    several processes each takes its own part of every batch. The last incomplete batch of an epoch
+    is dropped.
     """
 
     def __init__(
-        self, num_images: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
+        self,
+        num_images: int,
+        batch_size: int,
+        seed: int,
+        epochs: range,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         self.num_images = num_images
         self.batch_size = batch_size
         self.seed = seed
+        self.epochs = epochs
         self.rank = rank
         self.local_batch_size = batch_size // world_size
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        self.steps_per_epoch = num_images // batch_size
 
     def __len__(self) -> int:
-        return self.num_images // self.batch_size
+        return len(self.epochs) * self.steps_per_epoch
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_images)
-        indices = (self.epoch * self.num_images + order).tolist()
-        for step in range(len(self)):
-            start = step * self.batch_size + self.rank * self.local_batch_size
-            yield indices[start : start + self.local_batch_size]
+        for epoch in self.epochs:
+            order = np.random.default_rng((self.seed, epoch)).permutation(self.num_images)
+            indices = (epoch * self.num_images + order).tolist()
+            for step in range(self.steps_per_epoch):
+                start = step * self.batch_size + self.rank * self.local_batch_size
+                yield indices[start : start + self.local_batch_size]
 
 
 def stack_images(images: Iterable[np.ndarray]) -> Tensor:
@@ -1171,12 +1177,14 @@ def build_loader(
     device: torch.device,
     collate_fn: Callable,
     batch_bytes: int,
+    keep_workers: bool = False,
     **options: Any,
 ) -> DataLoader:
     """A `DataLoader` for batches on `device`. With `num_workers` -1 it chooses the number.
 
-    `batch_bytes`, the size of a batch, limits the number of workers. The loader has a generator of
-    its own, so that it does not change torch's, which dropout samples from.
+    `batch_bytes`, the size of a batch, limits the number of workers. With `keep_workers` they wait
+    for the loader's next use; else they end with its iterator. The loader has a generator of its
+    own, so that it does not change torch's, which dropout samples from.
     """
     if num_workers < 0 and device.type == "cpu":
         num_workers = 4
@@ -1193,7 +1201,7 @@ def build_loader(
         num_workers=num_workers,
         collate_fn=collate_fn,
         pin_memory=device.type == "cuda",
-        persistent_workers=num_workers > 0,
+        persistent_workers=keep_workers and num_workers > 0,
         timeout=timeout,
         generator=torch.Generator(),
         **options,
@@ -1207,11 +1215,13 @@ def build_train_loader(
     device: torch.device,
     rank: int = 0,
     world_size: int = 1,
+    start_epoch: int = 0,
 ) -> DataLoader:
-    """The training batches of one process; call `batch_sampler.set_epoch` before each epoch."""
+    """The training batches of one process, of all epochs from `start_epoch` on."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns of each forked worker
+    epochs = range(start_epoch, config.epochs)
     sampler = EpochBatchSampler(
-        len(split.paths), config.batch_size, config.seed, rank=rank, world_size=world_size
+        len(split.paths), config.batch_size, config.seed, epochs, rank=rank, world_size=world_size
     )
     bucket_size = sampler.local_batch_size
     if device.type == "cpu":  # a GPU loses more time on more kernels than on padding

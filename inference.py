@@ -26,7 +26,7 @@ from matplotlib.figure import Figure  # not pyplot, which may look for a display
 from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from config import Config, SearchConfig, UserError, cli_errors, parse, progress
 from data import (
@@ -93,15 +93,24 @@ class ImageDataset(Dataset):
             return error
 
 
-@torch.inference_mode()
-def encode_images(
-    tower: Tower, paths: list[Path], config: Config, device: torch.device
-) -> tuple[Tensor, dict[int, UserError]]:
-    """Encodes image files.
+def collate_images(items: list[np.ndarray | UserError]) -> dict[str, Any]:
+    """Items of `ImageDataset` as a batch, {"pixels": (b, 3, S, S), "num_dark": int, "errors": ...}.
 
-    Returns unit vectors (R, D) on the CPU of the R readable files, in the order of `paths`, and
-    the error of each other file by its index in `paths`.
+    `pixels` are of the b readable images, None if there are none; `errors` of the others, by their
+    index in the batch.
     """
+    images = [item for item in items if not isinstance(item, UserError)]
+    return {
+        "pixels": stack_images(images) if images else None,
+        "num_dark": sum(bool(image.max() < DARK) for image in images),
+        "errors": {i: item for i, item in enumerate(items) if isinstance(item, UserError)},
+    }
+
+
+def build_image_loader(
+    tower: Tower, paths: list[Path], config: Config, device: torch.device
+) -> DataLoader:
+    """Batches of images for `encode_images`; workers, if there are any, are kept."""
     num_workers = config.num_workers
     if num_workers < 0 and device.type == "cpu":
         # The encoder needs every core, and after a fork each page of the process's memory is
@@ -110,29 +119,47 @@ def encode_images(
     size = eval_image_size(tower, config)
     dataset = ImageDataset(paths, size)
     batch_size = max(1, min(ENCODE_BATCH, ENCODE_PIXELS // size**2))
-    batch_bytes = batch_size * 3 * size**2
-    loader = build_loader(dataset, num_workers, device, list, batch_bytes, batch_size=batch_size)
-    embeddings = torch.empty(len(paths), config.projection_dim)
+    return build_loader(
+        dataset,
+        num_workers,
+        device,
+        collate_images,
+        batch_bytes=batch_size * 3 * size**2,
+        batch_size=batch_size,
+        keep_workers=True,
+    )
+
+
+@torch.inference_mode()
+def encode_images(
+    tower: Tower,
+    paths: list[Path],
+    config: Config,
+    device: torch.device,
+    loader: DataLoader | None = None,
+) -> tuple[Tensor, dict[int, UserError]]:
+    """Encodes image files, those of `loader` if one is passed that was built for `paths`.
+
+    Returns unit vectors (R, D) on the CPU of the R readable files, in the order of `paths`, and
+    the error of each other file by its index in `paths`. The vectors stay on the device until all
+    are there, 1 GB for a million of dimension 256, so that no batch waits for the one before.
+    """
+    if loader is None:
+        loader = build_image_loader(tower, paths, config, device)
+    embeddings = torch.empty(len(paths), config.projection_dim, device=device)
     num_encoded = num_dark = 0
     errors: dict[int, UserError] = {}
-    start = 0  # index in `paths` of the batch's first item
-    for items in progress(loader, "encoding images", leave=False):
-        images = []
-        for index, item in enumerate(items, start=start):
-            if isinstance(item, UserError):
-                errors[index] = item
-            else:
-                images.append(item)
-        if images:
-            batch = stack_images(images)  # (b, 3, S, S)
-            num_dark += int((batch.amax(dim=(1, 2, 3)) < DARK).sum())
-            batch = batch.to(device)
-            embeddings[num_encoded : num_encoded + len(images)] = tower(batch).cpu()
-        num_encoded += len(images)
-        start += len(items)
+    for batch in progress(loader, "encoding images", leave=False):
+        start = num_encoded + len(errors)  # index in `paths` of the batch's first item
+        errors |= {start + i: error for i, error in batch["errors"].items()}
+        num_dark += batch["num_dark"]
+        if batch["pixels"] is not None:
+            pixels = batch["pixels"].to(device, non_blocking=True)  # (b, 3, S, S)
+            embeddings[num_encoded : num_encoded + len(pixels)] = tower(pixels)
+            num_encoded += len(pixels)
     if 2 * num_dark > num_encoded:
         print(f"{num_dark:,} of {num_encoded:,} images are nearly black; are their values scaled?")
-    return embeddings[:num_encoded], errors
+    return embeddings[:num_encoded].cpu(), errors
 
 
 @torch.inference_mode()
@@ -338,15 +365,17 @@ def evaluate(
     config: Config,
     device: torch.device,
     references: References | None = None,
+    loader: DataLoader | None = None,
 ) -> dict[str, float]:
     """`retrieval_metrics` of a split: each image once, and each text once.
 
     A caption of several images is a right answer for all of them.
 
-    With `references` also the metrics with hub correction, whose names end in `_nnn`. Raises
-    `UserError` for an image that cannot be read.
+    With `references` also the metrics with hub correction, whose names end in `_nnn`. `loader` is
+    one of the split's images, see `encode_images`. Raises `UserError` for an image that cannot be
+    read.
     """
-    images, errors = encode_images(model.image, split.paths, config, device)
+    images, errors = encode_images(model.image, split.paths, config, device, loader)
     if errors:
         raise next(iter(errors.values()))
     row_of: dict[str, int] = {}  # of each text, in the order of the images

@@ -10,6 +10,7 @@ torchrun --nproc_per_node=4 trainer.py --batch-size 1024
 
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -19,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,15 @@ from data import (
     read_splits,
     remove_leftovers,
 )
-from inference import METRICS, RECALL_KS, RECALLS, encode_references, evaluate, format_metrics
+from inference import (
+    METRICS,
+    RECALL_KS,
+    RECALLS,
+    build_image_loader,
+    encode_references,
+    evaluate,
+    format_metrics,
+)
 from models import (
     CLIP,
     Checkpoint,
@@ -69,6 +78,7 @@ ARCHITECTURE = ("image_encoder", "text_encoder", "text_layers", "text_width", "p
 ARCHITECTURE += ("max_length",)
 LOCK = ".lock"  # in a run's folder while a process trains the run; contains the process's id
 LOG_EVERY = 10  # steps; reading a loss waits for the device
+SAVE_SECONDS = 60  # at least, between the checkpoints of two epochs
 SCALER = {  # the state of a gradient scaler, as rules for `check`
     "scale": (1e-30, 1e30),
     "growth_factor": (1.0, 100.0),
@@ -227,7 +237,7 @@ class Distributed:
             from timm.layers import convert_sync_batchnorm
 
             convert_sync_batchnorm(model)
-        ddp_model = DistributedDataParallel(model, static_graph=True)
+        ddp_model = DistributedDataParallel(model, static_graph=True, gradient_as_bucket_view=True)
         ddp_model.broadcast_buffers = False  # the constructor's argument has two names
         return ddp_model
 
@@ -288,12 +298,19 @@ class Run:
     ddp_model: nn.Module  # `model` itself if there is one process
     tokenizer: Tokenizer
     splits: dict[str, Split]
-    loader: DataLoader
+    loader: DataLoader  # of the training batches of all epochs that remain
+    dev_loader: DataLoader  # of the dev images
     optimizer: torch.optim.Optimizer
     scheduler: LambdaLR
     scaler: torch.amp.GradScaler
     history: list[dict[str, float]]  # the rows of metrics.csv
+    best_weights: dict[str, Tensor] = field(default_factory=dict)  # not yet in best.pt
+    saved_at: float = field(default_factory=time.monotonic)
     writer: Any = None  # of TensorBoard, if it is installed
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.loader.batch_sampler.steps_per_epoch
 
 
 def train(config: Config, checkpoint: Checkpoint | None) -> None:
@@ -304,11 +321,7 @@ def train(config: Config, checkpoint: Checkpoint | None) -> None:
         print_summary(run)
         if run.dist.is_main:
             open_run_dir(run)
-        for epoch in range(len(run.history), config.epochs):
-            started = time.perf_counter()
-            loss = train_epoch(run, epoch)
-            if run.dist.is_main:
-                validate_and_save(run, loss, time.perf_counter() - started)
+        train_epochs(run)
         if run.dist.is_main:
             test_best(run)
         run.dist.close()
@@ -351,18 +364,30 @@ def lock_run_dir(run_dir: Path) -> Iterator[None]:
                 run_dir.parent.rmdir()
 
 
-def train_epoch(run: Run, epoch: int) -> float:
-    """One pass over the training images; returns the mean loss of its steps.
+def train_epochs(run: Run) -> None:
+    """Trains, validates and saves the epochs that remain."""
+    # One iterator, so that its workers load the next epoch's batches during validation. They end
+    # with it, when this function returns.
+    batches = iter(run.loader)
+    for epoch in range(len(run.history), run.config.epochs):
+        started = time.perf_counter()
+        loss = train_epoch(run, epoch, batches)
+        if run.dist.is_main:
+            validate_and_save(run, loss, time.perf_counter() - started)
+
+
+def train_epoch(run: Run, epoch: int, batches: Iterator[dict[str, Any]]) -> float:
+    """Trains on the next `steps_per_epoch` of `batches`; returns the mean loss of the steps.
 
     Raises `UserError` if a loss is not finite.
     """
     set_train_mode(run.model, run.config)
     seed_epoch(run.config.seed, epoch, run.dist.rank)
-    run.loader.batch_sampler.set_epoch(epoch)
-    num_steps = len(run.loader)
+    num_steps = run.steps_per_epoch
     losses: list[float] = []
     pending: list[Tensor] = []  # losses that are still on the device
-    with progress(run.loader, f"epoch {epoch + 1}", unit="step") as bar:
+    epoch_batches = itertools.islice(batches, num_steps)
+    with progress(epoch_batches, f"epoch {epoch + 1}", unit="step", total=num_steps) as bar:
         for step, batch in enumerate(bar, start=1):
             lr = run.scheduler.get_last_lr()[-1]
             pending.append(train_step(run, batch))
@@ -481,11 +506,13 @@ def setup(config: Config, checkpoint: Checkpoint | None) -> Run:
     model.to(dist.device, memory_format=torch.channels_last)
     ddp_model = dist.wrap_ddp(model)
 
+    start_epoch = len(checkpoint.training.history) if config.resume else 0
     loader = build_train_loader(
-        splits["train"], tokenizer, config, dist.device, dist.rank, dist.world_size
+        splits["train"], tokenizer, config, dist.device, dist.rank, dist.world_size, start_epoch
     )
+    dev_loader = build_image_loader(model.image, splits["dev"].paths, config, dist.device)
     optimizer = torch.optim.AdamW(param_groups(model, config), fused=True)
-    total_steps = config.epochs * len(loader)
+    total_steps = config.epochs * loader.batch_sampler.steps_per_epoch
     scheduler = LambdaLR(optimizer, warmup_then_cosine(total_steps, config.warmup))
     use_scaler = dist.precision is torch.float16
     scaler = torch.amp.GradScaler(dist.device.type, enabled=use_scaler)
@@ -498,6 +525,7 @@ def setup(config: Config, checkpoint: Checkpoint | None) -> Run:
         tokenizer=tokenizer,
         splits=splits,
         loader=loader,
+        dev_loader=dev_loader,
         optimizer=optimizer,
         scheduler=scheduler,
         scaler=scaler,
@@ -618,7 +646,7 @@ def restore(run: Run, training: TrainingState, path: str) -> None:
     try:
         check_history(training.history, run.config)
         check(training.scaler, SCALER, "its scaler")
-        num_steps = len(training.history) * len(run.loader)
+        num_steps = len(training.history) * run.steps_per_epoch
         state = optimizer_state(run.optimizer, training, num_steps)
     except (ValueError, KeyError, AttributeError) as error:
         raise UserError(f"--resume {path}: cannot be resumed: {error}") from None
@@ -720,10 +748,11 @@ def optimizer_state(
 # ---------------------------------------------------------------- validation and files
 
 
-def validate(model: CLIP, run: Run, split: str) -> dict[str, float]:
-    """The retrieval metrics of a model on a split."""
+def validate(model: CLIP, run: Run) -> dict[str, float]:
+    """The retrieval metrics of a model on the dev split."""
     model.eval()
-    return evaluate(model, run.tokenizer, run.splits[split], run.config, run.dist.device)
+    dev, device = run.splits["dev"], run.dist.device
+    return evaluate(model, run.tokenizer, dev, run.config, device, loader=run.dev_loader)
 
 
 def best_epoch(history: list[dict[str, float]]) -> int:
@@ -737,25 +766,31 @@ def open_run_dir(run: Run) -> None:
     if importlib.util.find_spec("tensorboard"):
         from torch.utils.tensorboard import SummaryWriter
 
-        next_step = len(run.history) * len(run.loader) + 1
+        next_step = len(run.history) * run.steps_per_epoch + 1
         run.writer = SummaryWriter(run.run_dir / "events", purge_step=next_step)
     remove_leftovers(run.run_dir)
     if run.config.resume:
-        write_metrics(run)  # the run may have been killed before it wrote them
+        write_metrics(run)  # a run that was killed has written them of other epochs
+        write_curves(run)
     else:
         save_checkpoint(run)
+        write_metrics(run)
         for leftover in ("best.pt", "test.json", "curves.png"):  # of an earlier demo
             (run.run_dir / leftover).unlink(missing_ok=True)
 
 
 def validate_and_save(run: Run, loss: float, seconds: float) -> None:
-    """Ends an epoch: validates, prints a line, and writes the run's files."""
+    """Ends an epoch: validates, prints a line, and writes the metrics.
+
+    The checkpoints and the figure are written once in `SAVE_SECONDS`, and after the last epoch:
+    writing 1.4 GB takes longer than an epoch of a small data set on a GPU.
+    """
     epoch = len(run.history) + 1
-    metrics = validate(run.model, run, "dev")
+    metrics = validate(run.model, run)
     row = {
         "epoch": epoch,
         "seconds": seconds,
-        "pairs_per_second": len(run.loader) * run.config.batch_size / seconds,
+        "pairs_per_second": run.steps_per_epoch * run.config.batch_size / seconds,
         "lr": run.optimizer.param_groups[-1]["lr"],
         "train_loss": loss,
     }
@@ -764,9 +799,12 @@ def validate_and_save(run: Run, loss: float, seconds: float) -> None:
     print(f"{progress_text}; dev {format_metrics(metrics)}")
     log_scalars(run, epoch, {f"dev/{name}": value for name, value in metrics.items()})
     if best_epoch(run.history) == epoch:
-        content = checkpoint_of(run)
-        atomic_write(run.run_dir / "best.pt", lambda file: torch.save(content, file))
-    save_checkpoint(run)
+        run.best_weights = {name: value.clone() for name, value in run.model.state_dict().items()}
+    is_last = epoch == run.config.epochs
+    if is_last or time.monotonic() - run.saved_at >= SAVE_SECONDS:
+        save_checkpoint(run)
+        write_curves(run)
+    write_metrics(run)
 
 
 def checkpoint_of(run: Run) -> dict[str, Any]:
@@ -776,9 +814,16 @@ def checkpoint_of(run: Run) -> dict[str, Any]:
 
 
 def save_checkpoint(run: Run) -> None:
-    """Writes `last.pt`, with everything needed to resume, and the metrics."""
-    content = {
-        **checkpoint_of(run),
+    """Writes `best.pt`, if there is a new one, and `last.pt`, with everything needed to resume.
+
+    In this order, so that the best epoch of `last.pt` is always on the disk.
+    """
+    content = checkpoint_of(run)
+    if run.best_weights:
+        best = content | {"model": run.best_weights}
+        atomic_write(run.run_dir / "best.pt", lambda file: torch.save(best, file))
+        run.best_weights = {}
+    content |= {
         "optimizer": run.optimizer.state_dict(),
         "schedule": run.scheduler.state_dict(),  # the name in the file format
         "scaler": run.scaler.state_dict(),
@@ -786,16 +831,20 @@ def save_checkpoint(run: Run) -> None:
         "data": data_digest(run.splits),
     }
     atomic_write(run.run_dir / "last.pt", lambda file: torch.save(content, file))
-    write_metrics(run)
+    run.saved_at = time.monotonic()
 
 
 def write_metrics(run: Run) -> None:
-    """Writes `metrics.csv`, one row per epoch, and `curves.png`."""
+    """Writes `metrics.csv`, one row per epoch."""
     table = pd.DataFrame(run.history, columns=METRICS_COLUMNS)
     atomic_write(run.run_dir / "metrics.csv", lambda file: table.to_csv(file, index=False))
-    if len(table):
+
+
+def write_curves(run: Run) -> None:
+    """Writes `curves.png`, if there is an epoch to plot."""
+    if run.history:
         chance = chance_loss(run.config.batch_size)
-        figure = plot_curves(table, chance, best_epoch(run.history))
+        figure = plot_curves(pd.DataFrame(run.history), chance, best_epoch(run.history))
         atomic_write(run.run_dir / "curves.png", lambda file: figure.savefig(file, format="png"))
 
 
@@ -842,7 +891,7 @@ def print_summary(run: Run) -> None:
     processes = "1 process" if dist.world_size == 1 else f"{dist.world_size} processes"
     print(
         f"device: {dist.device}, {precision}, {processes}; "
-        f"{len(run.loader)} steps per epoch of {config.batch_size} pairs"
+        f"{run.steps_per_epoch} steps per epoch of {config.batch_size} pairs"
     )
     print(f"loss at chance: {chance_loss(config.batch_size):.3f}")
 

@@ -24,14 +24,26 @@ KILLS = int(os.environ.get("CLIP_KILLS", "4"))
 EPOCHS = 4
 FLAGS = [*TINY, "--epochs", str(EPOCHS), "--dropout", "0.3", "--drop-path", "0.3", "--augment"]
 # The files that a run writes after an epoch, in this order, and the one at its end.
-WRITTEN = ["best.pt", "last.pt", "metrics.csv", "curves.png", "test.json"]
+WRITTEN = ["best.pt", "last.pt", "curves.png", "metrics.csv", "test.json"]
 TIMEOUT = 300  # seconds
+TRAINER = """
+import sys
+sys.path.insert(0, {root!r})
+import trainer
+trainer.SAVE_SECONDS = {save_seconds}
+trainer.main()
+"""
 
 
 class Training:
-    """A process of `trainer.py` in `folder`. It resumes if there is a checkpoint."""
+    """A process of `trainer.py` in `folder`. It resumes if there is a checkpoint.
 
-    def __init__(self, folder: Path, shapes: Path, num_workers: int = 0) -> None:
+    It saves after each epoch, so that it can be killed while it does.
+    """
+
+    def __init__(
+        self, folder: Path, shapes: Path, num_workers: int = 0, save_seconds: float = 0
+    ) -> None:
         self.run_dir = folder / "runs" / "demo"
         self.log = folder / "log.txt"
         self.resumes = (self.run_dir / "last.pt").exists()
@@ -40,9 +52,10 @@ class Training:
         else:
             flags = [*FLAGS, "--data-dir", os.path.relpath(shapes, folder)]
         flags += ["--num-workers", str(num_workers)]
+        program = TRAINER.format(root=str(ROOT), save_seconds=save_seconds)
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-u", str(ROOT / "trainer.py"), *flags],
+                [sys.executable, "-u", "-c", program, *flags],
                 cwd=folder,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -208,6 +221,26 @@ def test_killed_run_resumes_bit_for_bit(
     print(f"\n{kills} kills, {kills_during_write} of them during a write,", end=" ")
     print(f"{resumes} resumes, {runs} runs: all tensors and metrics as in the uninterrupted run")
     assert kills_during_write >= KILLS // 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_killed_run_resumes_from_its_last_save(
+    folder: Path, shapes: Path, uninterrupted: tuple[Path, float], num_workers: int
+):
+    """By default its three finished epochs, of less than a minute, are in `metrics.csv` alone."""
+    expected, _ = uninterrupted
+    killed = folder / f"default {num_workers}"
+    killed.mkdir()
+    training = Training(killed, shapes, num_workers, trainer.SAVE_SECONDS)
+    training.wait_for_epochs(3)
+    assert training.kill()
+    assert len(rows(training.run_dir)) in (2, 3)
+    assert history(training.run_dir / "last.pt") == []
+    assert not (training.run_dir / "best.pt").exists()
+    training = Training(killed, shapes, num_workers, trainer.SAVE_SECONDS)
+    assert training.process.wait(TIMEOUT) == 0, training.log.read_text()
+    assert_equal_runs(training.run_dir, expected)
 
 
 def test_resume_writes_the_row_missing_from_metrics(trained: Path, workdir: Path, shapes: Path):

@@ -43,6 +43,7 @@ def stopped(shapes: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     data = shutil.copytree(shapes, workdir / "data")
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "contrastive_loss", at_step(8, KeyboardInterrupt()))
+        patch.setattr(trainer, "SAVE_SECONDS", 0)
         error_message(main, *TINY, "--data-dir", data)
     return Path("runs/demo")
 

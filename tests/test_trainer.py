@@ -227,7 +227,7 @@ def test_best_pt_has_the_largest_sum_of_recalls(workdir, shapes, monkeypatch):
     """It is not the last epoch, although the training loss falls in every epoch."""
     scales = []
 
-    def validate(model, run, split):
+    def validate(model, run):
         scales.append(model.logit_scale.detach().clone())
         epoch = len(scales)
         recall = {1: 20.0, 2: 50.0, 3: 45.0}.get(epoch, 0.0)
@@ -275,6 +275,7 @@ STOPPED_BY_SIGTERM = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
 import trainer
+trainer.SAVE_SECONDS = 0
 original, steps = trainer.contrastive_loss, iter(range(1, 100))
 def loss(*batch):
     if next(steps) == {step}:
@@ -335,6 +336,7 @@ def test_resume_needs_no_other_flag(trained, workdir, shapes, monkeypatch, step)
     """All settings come from the checkpoint, including the run's folder."""
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "contrastive_loss", at_step(step, KeyboardInterrupt()))
+        patch.setattr(trainer, "SAVE_SECONDS", 0)
         message = error_message(main, *TINY, "--name", "mine", "--data-dir", shapes)
     assert "runs/mine/last.pt" in message
     main(["--resume", "runs/mine/last.pt"])
@@ -631,6 +633,7 @@ def test_reduce_losses_stops_at_a_loss_that_is_not_finite(
     """`last.pt` stays that of the epoch before, from which the run can be resumed."""
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "contrastive_loss", at_step(step, float(value)))
+        patch.setattr(trainer, "SAVE_SECONDS", 0)
         assert f"step {step}:" in error_message(main, *TINY, "--data-dir", shapes)
     assert len(load_checkpoint("runs/demo/last.pt").training.history) == step // STEPS
     main(["--resume", "runs/demo/last.pt"])

@@ -315,8 +315,8 @@ def ema_of_weights() -> None:
         averages[0].update_parameters(run.model)
         return loss
 
-    def validate(model: CLIP, run: trainer.Run, split: str) -> dict[str, float]:
-        return original_validate(averages[0].module, run, split)
+    def validate(model: CLIP, run: trainer.Run) -> dict[str, float]:
+        return original_validate(averages[0].module, run)
 
     trainer.setup = setup
     trainer.train_step = train_step
@@ -428,11 +428,12 @@ def train_with_change(options: Namespace) -> list[str]:
         os.chdir(folder)
         run = trainer.setup(config, None)
         started = time.perf_counter()
+        batches = iter(run.loader)
         for epoch in range(config.epochs):
-            loss = trainer.train_epoch(run, epoch)
+            loss = trainer.train_epoch(run, epoch, batches)
         minutes = (time.perf_counter() - started) / 60
-        metrics = trainer.validate(run.model, run, "dev")
-    num_pairs = config.epochs * len(run.loader) * config.batch_size
+        metrics = trainer.validate(run.model, run)
+    num_pairs = len(run.loader) * config.batch_size
     row = [f"{num_pairs:,}", f"{minutes:.1f}", f"{loss:.2f}"]
     for direction in ("t2i", "i2t"):
         recalls = [f"{metrics[f'{direction}_r{k}']:.1f}" for k in inference.RECALL_KS]
