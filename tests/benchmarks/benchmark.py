@@ -170,7 +170,7 @@ def save_small_data_set(data_dir: str, folder: Path, num_images: int) -> None:
         for name, captions in zip(names[: num_images + 16], split.captions):
             writer.writerows([name, caption] for caption in captions)
     first_captions = [captions[0] for captions in split.captions[:num_images]]
-    write_pairs(list(zip(split.paths, first_captions)), folder / "pairs.csv")
+    write_pairs(list(zip(split.paths, first_captions)), Path("pairs.csv"))
     parts = {
         "train": names[:num_images],
         "dev": names[num_images : num_images + 8],
@@ -273,7 +273,7 @@ def train_open_clip(options: Namespace, encoders: str, steps: str) -> dict[str, 
         image_encoder = "tf_efficientnet_lite0"
         text_encoder = options.text_encoder
     baselines.add_open_clip_model(image_encoder, text_encoder, size)
-    lines = Path("data/pairs.csv").read_text().splitlines()
+    lines = Path("pairs.csv").read_text().splitlines()
     Path("some_pairs.csv").write_text("\n".join(lines[: 1 + int(steps) * batch_size]))
     arguments = ["--batch-size", str(batch_size), "--workers", "4", "--logs", "none"]
     arguments += ["--precision", "fp32"]
