@@ -1,6 +1,7 @@
-"""The evaluator of comparison.py gives the same recalls as inference.py."""
+"""The evaluator of comparison.py gives the same recalls as inference.py; benchmark_gpu.py runs."""
 
 import json
+import re
 from argparse import Namespace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from comparison import recalls, trainer_py
+from conftest import script
 from torch.nn.functional import normalize
 
 from inference import RECALLS, retrieval_metrics
@@ -42,3 +44,18 @@ def test_trainer_py_scores_a_checkpoint_as_its_run_did(trained: Path, shapes: Pa
     metrics = json.loads((trained / "test.json").read_text())
     assert [row[name] for name in RECALLS] == pytest.approx([metrics[name] for name in RECALLS])
     assert row["pairs"] == 2 * 48
+
+
+@pytest.mark.slow
+def test_benchmark_of_a_gpu_runs_on_the_cpu(workdir: Path) -> None:
+    """With small encoders and few images; only memory is measured on a GPU alone."""
+    done = script("tests/benchmarks/benchmark.py", "--device", "cpu", cwd=workdir)
+    assert done.returncode == 0, done.stderr
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines()[2:-2]]
+    assert len(rows) == 9
+    for what, figure, *_ in rows:
+        ratio = re.fullmatch(r"([\d.,]+) / ([\d.,]+) = ([\d.]+)", figure)
+        assert ratio or not re.search("over|less", what), what
+        if ratio:
+            above, below, quotient = (float(number.replace(",", "")) for number in ratio.groups())
+            assert quotient == pytest.approx(above / below, abs=0.05)

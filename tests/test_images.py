@@ -9,6 +9,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 import types
 import warnings
 from collections import Counter
@@ -750,6 +751,28 @@ def test_loader_samples_the_same_after_resume(
     assert_same_pairs(epoch, three_epochs[2])
 
 
+def test_workers_load_the_next_epoch_before_it_starts(
+    noise: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """So that no epoch waits for its first batch."""
+    original = ImageCaptionDataset.__getitem__
+
+    def load_and_record(self: ImageCaptionDataset, index: int) -> dict[str, Any]:
+        (tmp_path / str(index // len(self))).touch()
+        return original(self, index)
+
+    monkeypatch.setattr(ImageCaptionDataset, "__getitem__", load_and_record)
+    config = Config(image_size=32, batch_size=4, num_workers=1, epochs=3)
+    batches = iter(build_train_loader(noise, tokenizer_of(noise), config, CPU, start_epoch=1))
+    for _ in range(3):  # epoch 1
+        next(batches)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "2").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert {path.name for path in tmp_path.iterdir()} == {"1", "2"}
+
+
 def test_loader_neither_uses_nor_changes_global_generator(noise: Split, three_epochs: list[Epoch]):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(123)
@@ -855,6 +878,11 @@ def test_augment_never_flips_if_caption_mentions_left_or_right(tmp_path: Path):
         flips.update(caption for caption, pixels in epoch if is_flipped(pixels))
     assert not set(flips) & set(sided)
     assert all(3 <= flips[caption] <= 22 for caption in plain[::3]), flips
+
+
+def test_flip_reverses_the_columns():
+    pixels = np.asarray(noise_image(np.random.default_rng(0), 5, 7))
+    assert (Transform(32).flip(pixels) == pixels[:, ::-1]).all()
 
 
 def test_augment_crops_squares_anywhere_in_a_long_image(tmp_path: Path):

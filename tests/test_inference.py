@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -300,6 +301,47 @@ def test_search_skips_counts_and_names_unreadable_images(
         for name in ("broken.jpg", "dangling.png", "truncated.png"):
             assert name in stdout
         assert len(results[0]) == 10
+
+
+def test_encode_images_is_the_same_with_a_kept_loader(checkpoint: Path, image_dir: Path) -> None:
+    """To the last bit, with a worker, twice, and where images of a batch cannot be read."""
+    searcher = Searcher(checkpoint, "cpu", 0)
+    tower, device = searcher.image_tower, torch.device("cpu")
+    paths = sorted(image_dir.glob("*.png"))
+    for index in (0, 4, len(paths) - 1):
+        paths[index].write_text("no image")
+    expected, expected_errors = inference.encode_images(tower, paths, searcher.config, device)
+    assert list(expected_errors) == [0, 4, len(paths) - 1]
+    assert len(expected) == len(paths) - 3
+    config = replace(searcher.config, num_workers=1)
+    loader = inference.build_image_loader(tower, paths, config, device)
+    for _ in range(2):
+        found, errors = inference.encode_images(tower, paths, config, device, loader)
+        assert torch.equal(found, expected)
+        assert {i: str(e) for i, e in errors.items()} == {
+            i: str(e) for i, e in expected_errors.items()
+        }
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_encode_images_counts_errors_over_batches(
+    checkpoint: Path, image_dir: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int
+) -> None:
+    """Also where no image of a batch can be read."""
+    searcher = Searcher(checkpoint, "cpu", 0)
+    tower, device = searcher.image_tower, torch.device("cpu")
+    paths = sorted(image_dir.glob("*.png"))[:8]
+    expected, _ = inference.encode_images(tower, paths, searcher.config, device)
+    broken = [0, 1, 2, 5]
+    for index in broken:
+        paths[index].write_text("no image")
+    monkeypatch.setattr(inference, "ENCODE_BATCH", batch_size)
+    found, errors = inference.encode_images(tower, paths, searcher.config, device)
+    assert list(errors) == broken
+    for index, error in errors.items():
+        assert paths[index].name in str(error)
+    readable = [index for index in range(8) if index not in broken]
+    torch.testing.assert_close(found, expected[readable])
 
 
 @pytest.mark.parametrize(("num_workers", "expected"), [(-1, 0), (0, 0), (1, 1)])

@@ -1,6 +1,7 @@
 """Training: the demo, the files of a run, resuming, learning rates, errors and freezing."""
 
 import json
+import multiprocessing
 import shlex
 import shutil
 import signal
@@ -238,6 +239,67 @@ def test_best_pt_has_the_largest_sum_of_recalls(workdir, shapes, monkeypatch):
     main([*TINY, "--epochs", "3", "--data-dir", str(shapes)])
     assert torch.equal(tensors(Path("runs/demo/best.pt"))["logit_scale"], scales[1])
     assert torch.equal(tensors(Path("runs/demo/last.pt"))["logit_scale"], scales[2])
+
+
+@pytest.mark.parametrize(("seconds", "saved"), [(60, [0, 3]), (0, [0, 1, 2, 3])])
+def test_checkpoints_are_saved_once_a_minute_and_at_the_end(
+    workdir, shapes, monkeypatch, seconds, saved
+):
+    """Three short epochs; by default only the last one is saved."""
+    assert trainer.SAVE_SECONDS == 60
+    epochs = []
+    original = trainer.save_checkpoint
+
+    def save(run: trainer.Run) -> None:
+        original(run)
+        epochs.append(len(load_checkpoint("runs/demo/last.pt").training.history))
+
+    monkeypatch.setattr(trainer, "save_checkpoint", save)
+    monkeypatch.setattr(trainer, "SAVE_SECONDS", seconds)
+    main([*TINY, "--epochs", "3", "--data-dir", str(shapes)])
+    assert epochs == saved
+    assert len(curve(workdir / "runs/demo")) == 3
+
+
+def test_best_pt_is_on_disk_before_last_pt_names_its_epoch(workdir, shapes, monkeypatch):
+    written = []
+    original = trainer.atomic_write
+
+    def write(path: Path, content: object) -> None:
+        written.append(path.name)
+        original(path, content)
+
+    monkeypatch.setattr(trainer, "atomic_write", write)
+    main([*TINY, "--epochs", "1", "--data-dir", str(shapes)])
+    assert written[:2] == ["last.pt", "metrics.csv"]  # before the first step
+    assert written[2:4] == ["best.pt", "last.pt"]
+
+
+@pytest.mark.slow
+def test_training_workers_end_before_the_test_and_dev_workers_are_kept(
+    workdir, shapes, monkeypatch
+):
+    """Validation uses the same worker in each epoch."""
+    workers = []
+
+    def record(name: str) -> None:
+        original = getattr(trainer, name)
+
+        def function(*arguments: object) -> object:
+            result = original(*arguments) if name == "validate" else None
+            workers.append({process.pid for process in multiprocessing.active_children()})
+            return result or original(*arguments)
+
+        monkeypatch.setattr(trainer, name, function)
+
+    record("validate")
+    record("test_best")
+    main([*TINY, "--num-workers", "1", "--data-dir", str(shapes)])
+    first, second, at_end = workers
+    assert len(first) == 2
+    assert first == second
+    assert len(at_end) == 1
+    assert at_end < first
 
 
 @pytest.mark.parametrize(
