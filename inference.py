@@ -5,15 +5,22 @@ python inference.py --weights runs/clip/best.pt --images my/folder --query "a do
 python inference.py --weights runs/clip/best.pt --like photo.jpg --images my/folder
 python inference.py --weights runs/clip/best.pt --image photo.jpg --query "a dog" --query "a cat"
 python inference.py --weights runs/clip/best.pt --evaluate
+python inference.py --weights runs/clip/best.pt --serve
 """
 
+import functools
 import hashlib
+import html
 import json
 import math
 import os
+import socket
 import sys
+import tempfile
 import textwrap
+import time
 import zlib
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -540,7 +547,7 @@ class Searcher:
         """
         queries = [queries] if isinstance(queries, str) else list(queries)
         vectors = self.encode_texts(queries)  # (Q, D)
-        return self._rank(queries, vectors, images, n, correct=self.nnn)
+        return self._rank(queries, vectors, self._index(images), n, correct=self.nnn)
 
     def similar(
         self, image: ImageSource, images: str | Path | None = None, n: int = 8
@@ -548,18 +555,19 @@ class Searcher:
         """The n images most similar to an image, by cosine; see `search` for `images`."""
         name = "image" if isinstance(image, Image.Image) else str(image)
         # Without hub correction, whose bias is estimated for queries that are texts.
-        return self._rank([name], self.encode_images([image]), images, n, correct=False)[0]
+        vectors = self.encode_images([image])  # (1, D)
+        return self._rank([name], vectors, self._index(images), n, correct=False)[0]
 
     def _rank(
         self,
         queries: list[str],
         vectors: Tensor,
-        images: str | Path | None,
+        index: tuple[list[Path], Tensor],
         n: int,
         correct: bool,
     ) -> list[list[Match]]:
-        """The n best images for each of the unit vectors (Q, D), named by `queries`."""
-        paths, rows = self._index(images)  # (N, D), or (N, D + 1) with minus the bias at the end
+        """The n best images of an `_index` for each of the unit vectors (Q, D) of `queries`."""
+        paths, rows = index
         if self.has_bias:
             weight_of_bias = torch.full((len(queries), 1), float(correct))
             vectors = torch.hstack([vectors, weight_of_bias])  # (Q, D + 1)
@@ -598,10 +606,13 @@ class Searcher:
     def classify(self, image: ImageSource, texts: list[str], n: int = 8) -> list[Match]:
         """The n most probable of `texts` for an image: zero-shot classification, section 3.1."""
         path = Path("image") if isinstance(image, Image.Image) else Path(image)
+        return self._rank_texts(path, self.encode_images([image]), texts, n)
+
+    def _rank_texts(self, path: Path, vector: Tensor, texts: list[str], n: int) -> list[Match]:
+        """The n most probable of `texts` for the unit vector (1, D) of the image `path`."""
         texts = list(dict.fromkeys(" ".join(text.split()) for text in texts))  # each once
-        image_embedding = self.encode_images([image])  # (1, D)
         text_embeddings = self.encode_texts(texts)  # (Q, D)
-        cosines = cosine_similarity(image_embedding, text_embeddings)[0]  # (Q,)
+        cosines = cosine_similarity(vector, text_embeddings)[0]  # (Q,)
         logits = self.checkpoint.model["logit_scale"].exp() * cosines
         if not logits.isfinite().all():
             raise UserError(f"{self.checkpoint_path}: is damaged, its cosines are not finite")
@@ -758,7 +769,7 @@ def plot_matches(results: list[list[Match]]) -> Figure:
         )
         for match, ax in zip(matches, axes.flat):
             ax.imshow(_thumbnail(match.path))
-            name = match.path.name.encode(errors="backslashreplace").decode()  # may not be UTF-8
+            name = _printable(match.path.name)
             if len(name) > 28:
                 name = "…" + name[-27:]
             title = f"{match.rank}.  {match.score:.3f}\n{name}"
@@ -784,6 +795,11 @@ def plot_probabilities(matches: list[Match]) -> Figure:
     return figure
 
 
+def _printable(name: str) -> str:
+    """A file name, which may not be UTF-8."""
+    return name.encode(errors="backslashreplace").decode()
+
+
 def _wrap(text: str, width: int) -> str:
     """At most two lines of text."""
     return textwrap.fill(textwrap.shorten(text, 2 * width), width)
@@ -798,6 +814,172 @@ def _thumbnail(path: Path) -> Image.Image:
         return Image.new("RGB", (THUMBNAIL_SIDE, THUMBNAIL_SIDE), "lightgray")
     image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     return image
+
+
+# ---------------------------------------------------------------- page
+
+
+class Page:
+    """The answers of the page that `serve` opens, from encoders and an index in memory."""
+
+    def __init__(self, searcher: Searcher, images: Path | None) -> None:
+        self.searcher = searcher
+        self.index = searcher._index(images)
+        self.examples = [searcher.checkpoint.example_query]
+        if images is None:
+            captions = searcher.test_split().captions
+            self.examples += [texts[0] for texts in captions[:: math.ceil(len(captions) / 4)]]
+        _ = searcher.text_tower, searcher.image_tower  # loads them
+
+    def search(self, query: str, n: int) -> tuple[list, list[Path]]:
+        if not query.strip():
+            raise UserError("the query is empty, but needs at least one word")
+        vectors = self.searcher.encode_texts([query])
+        return self._best([query], vectors, n, correct=self.searcher.nnn)
+
+    def similar(self, vectors: Tensor | None, n: int) -> tuple[list, list[Path]]:
+        return self._best(["image"], _uploaded(vectors), n, correct=False)
+
+    def _best(
+        self, queries: list[str], vectors: Tensor, n: int, correct: bool
+    ) -> tuple[list, list[Path]]:
+        """Thumbnails with captions, and the paths of their images."""
+        matches = self.searcher._rank(queries, vectors, self.index, n, correct)[0]
+        items = []
+        for match in matches:
+            caption = f"{match.rank}.  {match.score:.3f}  {_printable(match.path.name)}"
+            items.append((_thumbnail(match.path), caption))
+        return items, [match.path for match in matches]
+
+    def classify(self, vectors: Tensor | None, texts: str) -> dict[str, float]:
+        """The probability of each line of `texts`."""
+        lines = [line for line in texts.splitlines() if line.strip()]
+        matches = self.searcher._rank_texts(Path("image"), _uploaded(vectors), lines, len(lines))
+        return {match.query: match.score for match in matches}
+
+    def upload(self, path: str) -> tuple[None, Image.Image, Tensor]:
+        """Nothing for the upload's control, a thumbnail and the unit vector (1, D) of an image."""
+        try:
+            return None, _thumbnail(Path(path)), self.searcher.encode_images([path])
+        except UserError as error:
+            raise UserError(str(error).replace(path, Path(path).name)) from None
+        finally:
+            Path(path).unlink()
+
+
+def _uploaded(vectors: Tensor | None) -> Tensor:
+    if vectors is None:
+        raise UserError("no image was uploaded, but one is needed")
+    return vectors
+
+
+def build_layout(page: Page, n: int) -> Any:
+    """The page's controls, as `gradio.Blocks`."""
+    import gradio as gr
+
+    def shown(handler: Callable) -> Callable:
+        """`handler`, whose `UserError` is shown on the page, as HTML."""
+
+        @functools.wraps(handler)
+        def run(*arguments: Any) -> Any:
+            try:
+                return handler(*arguments)
+            except UserError as error:
+                raise gr.Error(html.escape(str(error)), print_exception=False) from None
+
+        return run
+
+    def show(paths: list[Path], event: gr.SelectData) -> tuple[Any, Image.Image, str]:
+        path = paths[event.index]
+        image = Image.fromarray(load_image(path))
+        return gr.Column(visible=True), image, _printable(str(path))
+
+    def add_gallery() -> list[Any]:
+        paths = gr.State([])
+        with gr.Row():
+            with gr.Column(scale=3):
+                gallery = gr.Gallery(
+                    label="images", columns=4, allow_preview=False, format="jpeg", buttons=[]
+                )
+            with gr.Column(scale=2, visible=False) as details:
+                image = gr.Image(label="full size", format="jpeg", buttons=["fullscreen"])
+                path = gr.Textbox(label="path", buttons=["copy"])
+        gallery.select(shown(show), paths, [details, image, path], api_name="show")
+        return [gallery, paths]
+
+    def add_upload() -> tuple[Any, Any]:
+        vectors = gr.State()
+        with gr.Row():
+            # Not gr.Image, which decodes any format of Pillow before our limits apply.
+            file = gr.File(label="image", file_types=["image"], height=140)
+            preview = gr.Image(label="image", interactive=False, height=140, buttons=[])
+        event = file.upload(shown(page.upload), file, [file, preview, vectors])
+        return vectors, event
+
+    with gr.Blocks(title="Search images", analytics_enabled=False) as blocks:
+        with gr.Tab("Search"):
+            query = gr.Textbox(label="query", autofocus=True)
+            number = gr.Slider(1, max(n, 100), n, step=1, label="number of images")
+            examples = gr.Examples([[text] for text in page.examples], query)
+            results = add_gallery()
+            for event in (query.submit, number.release, examples.load_input_event.then):
+                event(shown(page.search), [query, number], results, api_name="search")
+        with gr.Tab("Similar images"):
+            vectors, uploaded = add_upload()
+            number = gr.Slider(1, max(n, 100), n, step=1, label="number of images")
+            results = add_gallery()
+            for event in (uploaded.success, number.release):
+                event(shown(page.similar), [vectors, number], results, api_name="similar")
+        with gr.Tab("Classify"):
+            vectors, uploaded = add_upload()
+            texts = gr.Textbox(label="texts, one a line", lines=4)
+            button = gr.Button("Classify")
+            label = gr.Label(label="probabilities")
+            button.click(shown(page.classify), [vectors, texts], label, api_name="classify")
+    return blocks
+
+
+def serve(searcher: Searcher, config: SearchConfig) -> None:
+    """Serves a page to search with until it is stopped.
+
+    Raises `UserError` if gradio is missing or the address cannot be used.
+    """
+    with tempfile.TemporaryDirectory() as folder:  # of thumbnails, and uploads until they are read
+        os.environ.update(
+            GRADIO_TEMP_DIR=folder,
+            GRADIO_EXAMPLES_CACHE=folder,
+            GRADIO_ANALYTICS_ENABLED="False",
+            GRADIO_RUN_HISTORY="False",
+        )
+        try:
+            import gradio as gr
+
+            socket.create_server((config.host, config.port)).close()
+        except ImportError:
+            raise UserError("--serve requires gradio: pip install gradio") from None
+        except OSError as error:
+            message = f"--host {config.host} --port {config.port}: {error.strerror}"
+            raise UserError(message) from None
+        blocks = build_layout(Page(searcher, config.images), config.n)
+        blocks.launch(
+            server_name=config.host,
+            server_port=config.port,
+            share=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            ssr_mode=False,
+            mcp_server=False,
+            enable_monitoring=False,
+            max_file_size="100mb",
+            footer_links=[],
+            theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+        )
+        print(f"open http://{config.host}:{config.port} in a browser; Ctrl-C stops")
+        try:
+            while True:
+                time.sleep(1)
+        finally:
+            blocks.close(verbose=False)
 
 
 # ---------------------------------------------------------------- command line
@@ -834,7 +1016,9 @@ def main(argv: list[str] | None = None) -> None:
     searcher = Searcher(
         config.weights, config.device, config.num_workers, config.nnn, config.data_dir
     )
-    if config.evaluate:
+    if config.serve:
+        serve(searcher, config)
+    elif config.evaluate:
         print_evaluation(searcher)
     elif config.image:
         texts = read_queries(config) or searcher.test_split().texts
