@@ -14,6 +14,7 @@ import html
 import json
 import math
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -818,6 +819,19 @@ def _thumbnail(path: Path) -> Image.Image:
 
 # ---------------------------------------------------------------- page
 
+# Captions in two lines below the thumbnails; four columns, two on a phone.
+PAGE_CSS = """
+.grid-wrap { max-height: none !important; }
+.grid-container {
+  grid-template-columns: repeat(auto-fill, minmax(max(140px, 22%), 1fr)) !important; }
+.thumbnail-lg { aspect-ratio: auto !important; height: auto !important; }
+.thumbnail-lg > img { aspect-ratio: 1; height: auto !important; object-fit: contain !important; }
+.caption-label { position: static !important; max-width: none !important; border: none !important;
+  white-space: pre-line !important; overflow-wrap: anywhere; }
+"""
+SCROLL_TO_DETAILS = """() => document.querySelectorAll(".details").forEach(
+  element => element.scrollIntoView({block: "nearest", behavior: "smooth"}))"""
+
 
 class Page:
     """The answers of the page that `serve` opens, from encoders and an index in memory."""
@@ -825,52 +839,45 @@ class Page:
     def __init__(self, searcher: Searcher, images: Path | None) -> None:
         self.searcher = searcher
         self.index = searcher._index(images)
-        self.examples = [searcher.checkpoint.example_query]
+        examples = [searcher.checkpoint.example_query]
         if images is None:
             captions = searcher.test_split().captions
-            self.examples += [texts[0] for texts in captions[:: math.ceil(len(captions) / 4)]]
+            examples += [texts[0] for texts in captions[:: math.ceil(len(captions) / 3)]]
+        self.examples = list(dict.fromkeys(examples))
         _ = searcher.text_tower, searcher.image_tower  # loads them
 
     def search(self, query: str, n: int) -> tuple[list, list[Path]]:
         if not query.strip():
             raise UserError("the query is empty, but needs at least one word")
-        vectors = self.searcher.encode_texts([query])
-        return self._best([query], vectors, n, correct=self.searcher.nnn)
+        return self._best(self.searcher.encode_texts([query]), n, correct=self.searcher.nnn)
 
-    def similar(self, vectors: Tensor | None, n: int) -> tuple[list, list[Path]]:
-        return self._best(["image"], _uploaded(vectors), n, correct=False)
+    def similar(self, vector: Tensor, n: int) -> tuple[list, list[Path]]:
+        return self._best(vector, n, correct=False)
 
-    def _best(
-        self, queries: list[str], vectors: Tensor, n: int, correct: bool
-    ) -> tuple[list, list[Path]]:
-        """Thumbnails with captions, and the paths of their images."""
-        matches = self.searcher._rank(queries, vectors, self.index, n, correct)[0]
+    def _best(self, vector: Tensor, n: int, correct: bool) -> tuple[list, list[Path]]:
+        """Thumbnails with captions of the n best images for a unit vector (1, D), and paths."""
+        matches = self.searcher._rank(["query"], vector, self.index, n, correct)[0]
         items = []
         for match in matches:
-            caption = f"{match.rank}.  {match.score:.3f}  {_printable(match.path.name)}"
+            caption = f"{match.rank}.  {match.score:.3f}\n{_printable(match.path.name)}"
             items.append((_thumbnail(match.path), caption))
         return items, [match.path for match in matches]
 
-    def classify(self, vectors: Tensor | None, texts: str) -> dict[str, float]:
-        """The probability of each line of `texts`."""
-        lines = [line for line in texts.splitlines() if line.strip()]
-        matches = self.searcher._rank_texts(Path("image"), _uploaded(vectors), lines, len(lines))
-        return {match.query: match.score for match in matches}
-
     def upload(self, path: str) -> tuple[None, Image.Image, Tensor]:
-        """Nothing for the upload's control, a thumbnail and the unit vector (1, D) of an image."""
+        """A thumbnail and the unit vector (1, D) of an image; None empties the upload's control."""
         try:
-            return None, _thumbnail(Path(path)), self.searcher.encode_images([path])
+            vector = self.searcher.encode_images([path])
+            return None, _thumbnail(Path(path)), vector
         except UserError as error:
             raise UserError(str(error).replace(path, Path(path).name)) from None
         finally:
-            Path(path).unlink()
+            Path(path).unlink(missing_ok=True)
 
-
-def _uploaded(vectors: Tensor | None) -> Tensor:
-    if vectors is None:
-        raise UserError("no image was uploaded, but one is needed")
-    return vectors
+    def classify(self, vector: Tensor, texts: str) -> dict[str, float]:
+        """The probability of each line of `texts`."""
+        lines = [line for line in texts.splitlines() if line.strip()]
+        matches = self.searcher._rank_texts(Path("image"), vector, lines, len(lines))
+        return {match.query: match.score for match in matches}
 
 
 def build_layout(page: Page, n: int) -> Any:
@@ -878,11 +885,13 @@ def build_layout(page: Page, n: int) -> Any:
     import gradio as gr
 
     def shown(handler: Callable) -> Callable:
-        """`handler`, whose `UserError` is shown on the page, as HTML."""
+        """`handler`, whose `UserError` is shown on the page, where messages are HTML."""
 
         @functools.wraps(handler)
         def run(*arguments: Any) -> Any:
             try:
+                if any(argument is None for argument in arguments):
+                    raise UserError("nothing is given; type a text or upload an image")
                 return handler(*arguments)
             except UserError as error:
                 raise gr.Error(html.escape(str(error)), print_exception=False) from None
@@ -891,51 +900,55 @@ def build_layout(page: Page, n: int) -> Any:
 
     def show(paths: list[Path], event: gr.SelectData) -> tuple[Any, Image.Image, str]:
         path = paths[event.index]
-        image = Image.fromarray(load_image(path))
-        return gr.Column(visible=True), image, _printable(str(path))
+        return gr.Column(visible=True), Image.fromarray(load_image(path)), _printable(str(path))
+
+    def add_slider() -> Any:
+        return gr.Slider(1, max(n, 100), n, step=1, label="number of images")
 
     def add_gallery() -> list[Any]:
         paths = gr.State([])
         with gr.Row():
             with gr.Column(scale=3):
                 gallery = gr.Gallery(
-                    label="images", columns=4, allow_preview=False, format="jpeg", buttons=[]
+                    show_label=False, allow_preview=False, format="jpeg", buttons=[]
                 )
-            with gr.Column(scale=2, visible=False) as details:
+            with gr.Column(scale=2, visible=False, elem_classes="details") as details:
                 image = gr.Image(label="full size", format="jpeg", buttons=["fullscreen"])
                 path = gr.Textbox(label="path", buttons=["copy"])
-        gallery.select(shown(show), paths, [details, image, path], api_name="show")
+        selected = gallery.select(shown(show), paths, [details, image, path])
+        selected.then(None, js=SCROLL_TO_DETAILS)
         return [gallery, paths]
 
     def add_upload() -> tuple[Any, Any]:
-        vectors = gr.State()
+        vector = gr.State()
         with gr.Row():
             # Not gr.Image, which decodes any format of Pillow before our limits apply.
-            file = gr.File(label="image", file_types=["image"], height=140)
-            preview = gr.Image(label="image", interactive=False, height=140, buttons=[])
-        event = file.upload(shown(page.upload), file, [file, preview, vectors])
-        return vectors, event
+            file = gr.File(label="upload an image", height=160)
+            preview = gr.Image(
+                label="query", format="jpeg", height=160, interactive=False, buttons=[]
+            )
+        return vector, file.upload(shown(page.upload), file, [file, preview, vector])
 
     with gr.Blocks(title="Search images", analytics_enabled=False) as blocks:
         with gr.Tab("Search"):
-            query = gr.Textbox(label="query", autofocus=True)
-            number = gr.Slider(1, max(n, 100), n, step=1, label="number of images")
+            query = gr.Textbox(label="query", placeholder="type a sentence and press Enter")
+            number = add_slider()
             examples = gr.Examples([[text] for text in page.examples], query)
             results = add_gallery()
-            for event in (query.submit, number.release, examples.load_input_event.then):
-                event(shown(page.search), [query, number], results, api_name="search")
+            for event in (query.submit, number.input, examples.load_input_event.then):
+                event(shown(page.search), [query, number], results, trigger_mode="always_last")
         with gr.Tab("Similar images"):
-            vectors, uploaded = add_upload()
-            number = gr.Slider(1, max(n, 100), n, step=1, label="number of images")
+            vector, uploaded = add_upload()
+            number = add_slider()
             results = add_gallery()
-            for event in (uploaded.success, number.release):
-                event(shown(page.similar), [vectors, number], results, api_name="similar")
+            for event in (uploaded.success, number.input):
+                event(shown(page.similar), [vector, number], results, trigger_mode="always_last")
         with gr.Tab("Classify"):
-            vectors, uploaded = add_upload()
+            vector, _ = add_upload()
             texts = gr.Textbox(label="texts, one a line", lines=4)
             button = gr.Button("Classify")
             label = gr.Label(label="probabilities")
-            button.click(shown(page.classify), [vectors, texts], label, api_name="classify")
+            button.click(shown(page.classify), [vector, texts], label)
     return blocks
 
 
@@ -944,13 +957,10 @@ def serve(searcher: Searcher, config: SearchConfig) -> None:
 
     Raises `UserError` if gradio is missing or the address cannot be used.
     """
-    with tempfile.TemporaryDirectory() as folder:  # of thumbnails, and uploads until they are read
-        os.environ.update(
-            GRADIO_TEMP_DIR=folder,
-            GRADIO_EXAMPLES_CACHE=folder,
-            GRADIO_ANALYTICS_ENABLED="False",
-            GRADIO_RUN_HISTORY="False",
-        )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as on Ctrl-C
+    with tempfile.TemporaryDirectory() as folder:  # of thumbnails, and of uploads until read
+        os.environ.update(GRADIO_TEMP_DIR=folder, GRADIO_EXAMPLES_CACHE=folder)
+        os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_RUN_HISTORY="False")
         try:
             import gradio as gr
 
@@ -967,12 +977,10 @@ def serve(searcher: Searcher, config: SearchConfig) -> None:
             share=False,
             quiet=True,
             prevent_thread_lock=True,
-            ssr_mode=False,
-            mcp_server=False,
-            enable_monitoring=False,
             max_file_size="100mb",
             footer_links=[],
             theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+            css=PAGE_CSS,
         )
         print(f"open http://{config.host}:{config.port} in a browser; Ctrl-C stops")
         try:
