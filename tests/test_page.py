@@ -4,6 +4,7 @@ Needs gradio, playwright and Chromium. Without them tests are skipped, but not w
 `CI` is set.
 """
 
+import csv
 import http.client
 import importlib
 import os
@@ -18,9 +19,8 @@ from pathlib import Path
 from types import ModuleType
 from urllib.parse import quote
 
-import pandas as pd
 import pytest
-from conftest import ROOT, error_message, script
+from conftest import ROOT, error_message
 from PIL import Image
 
 from inference import Page, Searcher, main
@@ -118,23 +118,6 @@ def client(port: int) -> object:
     return require("gradio_client").Client(url, download_files=False, verbose=False)
 
 
-def table(folder: Path, *flags: object) -> pd.DataFrame:
-    """The matches that the command line saves."""
-    arguments = ["--weights", "w.pt", "--output", "matches.csv", *FLAGS, *flags]
-    done = script("inference.py", *map(str, arguments), cwd=folder)
-    assert done.returncode == 0, done.stderr
-    return pd.read_csv(folder / "matches.csv")
-
-
-def captions(gallery: list[dict]) -> list[str]:
-    return [item["caption"] for item in gallery]
-
-
-def expected_captions(matches: pd.DataFrame) -> list[str]:
-    rows = zip(matches["rank"], matches["score"], matches["path"])
-    return [f"{rank}.  {score:.3f}\n{Path(path).name}" for rank, score, path in rows]
-
-
 # ---------------------------------------------------------------- answers
 
 
@@ -142,22 +125,42 @@ def uploaded(path: Path) -> dict:
     return require("gradio_client").handle_file(path)
 
 
-@slow
-def test_page_answers_equal_those_of_the_command_line(client: object, folder: Path) -> None:
-    matches = table(folder, "--images", "images", "--query", QUERY, "--n", 5)
-    assert captions(client.predict(QUERY, 5, api_name="/search")) == expected_captions(matches)
+def saved_matches(*flags: object) -> list[dict[str, str]]:
+    """The table that the command line saves."""
+    arguments = ["--weights", "w.pt", "--output", "matches.csv", *FLAGS, *flags]
+    main([str(argument) for argument in arguments])
+    with open("matches.csv", newline="") as file:
+        return list(csv.DictReader(file))
 
-    photo = folder / "images" / "00003.png"
-    matches = table(folder, "--images", "images", "--like", photo, "--n", 5)
+
+def assert_shows(gallery: list[dict], matches: list[dict[str, str]]) -> None:
+    expected = [
+        f"{match['rank']}.  {float(match['score']):.3f}\n{Path(match['path']).name}"
+        for match in matches
+    ]
+    assert [item["caption"] for item in gallery] == expected
+
+
+@slow
+def test_page_answers_equal_those_of_the_command_line(
+    client: object, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Search and similar images as printed, with three digits; probabilities with all digits."""
+    monkeypatch.chdir(folder)
+    matches = saved_matches("--images", "images", "--query", QUERY, "--n", 5)
+    assert_shows(client.predict(QUERY, 5, api_name="/search"), matches)
+
+    photo = "images/00003.png"
+    matches = saved_matches("--images", "images", "--like", photo, "--n", 5)
     client.predict(uploaded(photo), api_name="/upload")
-    assert captions(client.predict(5, api_name="/similar")) == expected_captions(matches)
+    assert_shows(client.predict(5, api_name="/similar"), matches)
 
     queries = [flag for text in TEXTS for flag in ("--query", text)]
-    matches = table(folder, "--image", photo, *queries)
+    matches = saved_matches("--image", photo, *queries)
     client.predict(uploaded(photo), api_name="/upload_1")
     label = client.predict("\n".join(TEXTS), api_name="/classify")
     ours = {item["label"]: item["confidence"] for item in label["confidences"]}
-    assert ours == dict(zip(matches["query"], matches["score"]))
+    assert ours == {match["query"]: float(match["score"]) for match in matches}
 
 
 def test_page_ranks_as_the_searcher(trained: Path, workdir: Path) -> None:
@@ -239,13 +242,15 @@ def test_page_deletes_uploads_and_reads_them_as_any_image(client: object, folder
 
 @slow
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_page_stops_with_one_line_and_leaves_no_file(stop: signal.Signals, folder: Path) -> None:
-    shutil.rmtree(folder / "tmp", ignore_errors=True)
-    with server(folder, "--images", "images") as (process, _):
+def test_page_stops_with_one_line_and_leaves_no_file(
+    stop: signal.Signals, checkpoint: Path, images: Path, workdir: Path
+) -> None:
+    with server(workdir, "--images", images) as (process, _):
+        assert len(list((workdir / "tmp").iterdir())) == 1
         process.send_signal(stop)
         assert process.wait(60) == 1
-    assert (folder / "stderr").read_text() == "stopped\n"
-    assert list((folder / "tmp").iterdir()) == []
+    assert (workdir / "stderr").read_text() == "stopped\n"
+    assert list((workdir / "tmp").iterdir()) == []
 
 
 def test_page_without_gradio_is_one_line_error(
