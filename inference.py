@@ -929,6 +929,7 @@ def build_layout(page: Page, n: int) -> Any:
             )
         return vector, file.upload(shown(page.upload), file, [file, preview, vector])
 
+    latest = {"trigger_mode": "always_last", "queue": False}  # the queue would add 50 ms
     with gr.Blocks(title="Search images", analytics_enabled=False) as blocks:
         with gr.Tab("Search"):
             query = gr.Textbox(label="query", placeholder="type a sentence and press Enter")
@@ -936,13 +937,13 @@ def build_layout(page: Page, n: int) -> Any:
             examples = gr.Examples([[text] for text in page.examples], query)
             results = add_gallery()
             for event in (query.submit, number.input, examples.load_input_event.then):
-                event(shown(page.search), [query, number], results, trigger_mode="always_last")
+                event(shown(page.search), [query, number], results, **latest)
         with gr.Tab("Similar images"):
             vector, uploaded = add_upload()
             number = add_slider()
             results = add_gallery()
             for event in (uploaded.success, number.input):
-                event(shown(page.similar), [vector, number], results, trigger_mode="always_last")
+                event(shown(page.similar), [vector, number], results, **latest)
         with gr.Tab("Classify"):
             vector, _ = add_upload()
             texts = gr.Textbox(label="texts, one a line", lines=4)

@@ -301,7 +301,7 @@ def test_page_in_a_browser(browser: object, port: int, folder: Path, width: int)
     page.on("request", lambda request: urls.append(request.url))
     page.goto(f"http://127.0.0.1:{port}")
 
-    # 1. Four images of a query, then all of them by the slider; a click shows the full size.
+    # 1. Four images of a query, then all by the slider. A click shows the full size, or an error.
     thumbnails = page.locator(".thumbnail-item:visible")
     page.get_by_label("query").fill(QUERY)
     page.get_by_label("query").press("Enter")
@@ -310,13 +310,19 @@ def test_page_in_a_browser(browser: object, port: int, folder: Path, width: int)
     page.get_by_label("number input").first.fill("13")
     page.get_by_label("number input").first.press("Enter")
     thumbnails.nth(12).wait_for()
-    page.locator(".thumbnail-item", has_text=HOSTILE).click()
+    hostile = page.locator(".thumbnail-item", has_text=HOSTILE)
+    (folder / "images" / HOSTILE).rename(folder / "elsewhere")
+    hostile.click()
+    page.get_by_text(f"images/{HOSTILE}: cannot be read as an image").first.wait_for()
+    (folder / "elsewhere").rename(folder / "images" / HOSTILE)
+    thumbnails.first.click()
     page.locator(".details img").wait_for()
+    hostile.click()
     assert page.locator(".details textarea, .details input").input_value() == f"images/{HOSTILE}"
     size = (
         "[...document.querySelectorAll('.details img')].map(i => [i.naturalWidth, i.naturalHeight])"
     )
-    page.wait_for_function(f"({size})[0][0] > 0")
+    page.wait_for_function(f"({size})[0][0] == 60")
     assert page.evaluate(size) == [[60, 40]]
 
     # 2. The images that are most like an uploaded one.
@@ -325,7 +331,7 @@ def test_page_in_a_browser(browser: object, port: int, folder: Path, width: int)
     thumbnails.nth(3).wait_for()
     assert "00003.png" in thumbnails.first.inner_text()
 
-    # 3. An error is shown as text.
+    # 3. The probabilities of texts, and first the error that there is no image.
     page.get_by_role("tab", name="Classify").click()
     page.get_by_label("texts, one a line").fill("\n".join(TEXTS))
     page.get_by_role("button", name="Classify").click()
