@@ -903,7 +903,7 @@ def build_layout(page: Page, n: int) -> Any:
         return gr.Column(visible=True), Image.fromarray(load_image(path)), _printable(str(path))
 
     def add_slider() -> Any:
-        return gr.Slider(1, max(n, 100), n, step=1, label="number of images")
+        return gr.Slider(1, max(n, 100), n, step=1, precision=0, label="number of images")
 
     def add_gallery() -> list[Any]:
         paths = gr.State([])
