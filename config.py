@@ -153,16 +153,24 @@ class SearchConfig:
     image: Path | None = None  # rank the queries, or else the test captions, for this image file
     output: Path = Path("matches.png")  # .png, .jpg, .pdf or .svg for a figure, .csv for a table
     evaluate: bool = False  # print the recalls on the data set's test split
+    serve: bool = False  # open a page to search with in a browser; requires gradio
+    host: str = "127.0.0.1"  # address of that page; the default is reachable from here only
+    port: int = 7860  # port of that page
     nnn: bool = True  # correct the scores of hubs, images that are near to every query
     num_workers: int = -1  # DataLoader workers; -1: none on the CPU, one per core on a GPU
     device: str = "auto"  # auto: cuda, mps or cpu, whichever is there; or a name such as cuda:1
 
     def __post_init__(self) -> None:
-        _check_ranges(self, n=(1, 1_000_000), num_workers=(-1, 256))
+        _check_ranges(self, n=(1, 1_000_000), num_workers=(-1, 256), port=(1, 65535))
+        _check_exclusive(self, "serve", "query", "like", "image", "evaluate")
         _check_exclusive(self, "evaluate", "query", "images", "like", "image")
         _check_exclusive(self, "image", "images", "like")
         _check_exclusive(self, "like", "query")
         _check_exclusive(self, "images", "data_dir")
+        if self.serve and self.output != SearchConfig.output:
+            raise ValueError("--output: has no effect with --serve; leave one of them out")
+        if not self.serve and (self.host, self.port) != (SearchConfig.host, SearchConfig.port):
+            raise ValueError("--host and --port: have no effect without --serve")
         if not all(query.strip() for query in self.query):
             raise ValueError("--query: is empty, but needs at least one word")
         if "-" in self.query and len(self.query) > 1:

@@ -5,15 +5,23 @@ python inference.py --weights runs/clip/best.pt --images my/folder --query "a do
 python inference.py --weights runs/clip/best.pt --like photo.jpg --images my/folder
 python inference.py --weights runs/clip/best.pt --image photo.jpg --query "a dog" --query "a cat"
 python inference.py --weights runs/clip/best.pt --evaluate
+python inference.py --weights runs/clip/best.pt --serve
 """
 
+import functools
 import hashlib
+import html
 import json
 import math
 import os
+import signal
+import socket
 import sys
+import tempfile
 import textwrap
+import time
 import zlib
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -570,7 +578,7 @@ class Searcher:
         """
         queries = [queries] if isinstance(queries, str) else list(queries)
         vectors = self.encode_texts(queries)  # (Q, D)
-        return self._rank(queries, vectors, images, n, correct=self.nnn)
+        return self._rank(queries, vectors, self._index(images), n, correct=self.nnn)
 
     def similar(
         self, image: ImageSource, images: str | Path | None = None, n: int = 8
@@ -578,18 +586,19 @@ class Searcher:
         """The n images most similar to an image, by cosine; see `search` for `images`."""
         name = "image" if isinstance(image, Image.Image) else str(image)
         # Without hub correction, whose bias is estimated for queries that are texts.
-        return self._rank([name], self.encode_images([image]), images, n, correct=False)[0]
+        vectors = self.encode_images([image])  # (1, D)
+        return self._rank([name], vectors, self._index(images), n, correct=False)[0]
 
     def _rank(
         self,
         queries: list[str],
         vectors: Tensor,
-        images: str | Path | None,
+        index: tuple[list[Path], Tensor],
         n: int,
         correct: bool,
     ) -> list[list[Match]]:
-        """The n best images for each of the unit vectors (Q, D), named by `queries`."""
-        paths, rows = self._index(images)  # (N, D), or (N, D + 1) with minus the bias at the end
+        """The n best images of an `_index` for each of the unit vectors (Q, D) of `queries`."""
+        paths, rows = index
         if self.has_bias:
             weight_of_bias = torch.full((len(queries), 1), float(correct))
             vectors = torch.hstack([vectors, weight_of_bias])  # (Q, D + 1)
@@ -628,10 +637,13 @@ class Searcher:
     def classify(self, image: ImageSource, texts: list[str], n: int = 8) -> list[Match]:
         """The n most probable of `texts` for an image: zero-shot classification, section 3.1."""
         path = Path("image") if isinstance(image, Image.Image) else Path(image)
+        return self._rank_texts(path, self.encode_images([image]), texts, n)
+
+    def _rank_texts(self, path: Path, vector: Tensor, texts: list[str], n: int) -> list[Match]:
+        """The n most probable of `texts` for the unit vector (1, D) of the image `path`."""
         texts = list(dict.fromkeys(" ".join(text.split()) for text in texts))  # each once
-        image_embedding = self.encode_images([image])  # (1, D)
         text_embeddings = self.encode_texts(texts)  # (Q, D)
-        cosines = cosine_similarity(image_embedding, text_embeddings)[0]  # (Q,)
+        cosines = cosine_similarity(vector, text_embeddings)[0]  # (Q,)
         logits = self.checkpoint.model["logit_scale"].exp() * cosines
         if not logits.isfinite().all():
             raise UserError(f"{self.checkpoint_path}: is damaged, its cosines are not finite")
@@ -788,7 +800,7 @@ def plot_matches(results: list[list[Match]]) -> Figure:
         )
         for match, ax in zip(matches, axes.flat):
             ax.imshow(_thumbnail(match.path))
-            name = match.path.name.encode(errors="backslashreplace").decode()  # may not be UTF-8
+            name = _printable(match.path.name)
             if len(name) > 28:
                 name = "…" + name[-27:]
             title = f"{match.rank}.  {match.score:.3f}\n{name}"
@@ -814,6 +826,11 @@ def plot_probabilities(matches: list[Match]) -> Figure:
     return figure
 
 
+def _printable(name: str) -> str:
+    """A file name, which may not be UTF-8."""
+    return name.encode(errors="backslashreplace").decode()
+
+
 def _wrap(text: str, width: int) -> str:
     """At most two lines of text."""
     return textwrap.fill(textwrap.shorten(text, 2 * width), width)
@@ -828,6 +845,180 @@ def _thumbnail(path: Path) -> Image.Image:
         return Image.new("RGB", (THUMBNAIL_SIDE, THUMBNAIL_SIDE), "lightgray")
     image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     return image
+
+
+# ---------------------------------------------------------------- page
+
+# Captions in two lines below the thumbnails; four columns, two on a phone.
+PAGE_CSS = """
+.grid-wrap { max-height: none !important; }
+.grid-container {
+  grid-template-columns: repeat(auto-fill, minmax(max(140px, 22%), 1fr)) !important; }
+.thumbnail-lg { aspect-ratio: auto !important; height: auto !important; }
+.thumbnail-lg > img { aspect-ratio: 1; height: auto !important; object-fit: contain !important; }
+.caption-label { position: static !important; max-width: none !important; border: none !important;
+  white-space: pre-line !important; overflow-wrap: anywhere; }
+"""
+SCROLL_TO_DETAILS = """() => document.querySelectorAll(".details").forEach(
+  element => element.scrollIntoView({block: "nearest", behavior: "smooth"}))"""
+
+
+class Page:
+    """The answers of the page that `serve` opens, from encoders and an index in memory."""
+
+    def __init__(self, searcher: Searcher, images: Path | None) -> None:
+        self.searcher = searcher
+        self.index = searcher._index(images)
+        examples = [searcher.checkpoint.example_query]
+        if images is None:
+            captions = searcher.test_split().captions
+            examples += [texts[0] for texts in captions[:: math.ceil(len(captions) / 3)]]
+        self.examples = list(dict.fromkeys(examples))
+        _ = searcher.text_tower, searcher.image_tower  # loads them
+
+    def search(self, query: str, n: int) -> tuple[list, list[Path]]:
+        if not query.strip():
+            raise UserError("the query is empty, but needs at least one word")
+        return self._best(self.searcher.encode_texts([query]), n, correct=self.searcher.nnn)
+
+    def similar(self, vector: Tensor, n: int) -> tuple[list, list[Path]]:
+        return self._best(vector, n, correct=False)
+
+    def _best(self, vector: Tensor, n: int, correct: bool) -> tuple[list, list[Path]]:
+        """Thumbnails with captions of the n best images for a unit vector (1, D), and paths."""
+        matches = self.searcher._rank(["query"], vector, self.index, n, correct)[0]
+        items = []
+        for match in matches:
+            caption = f"{match.rank}.  {match.score:.3f}\n{_printable(match.path.name)}"
+            items.append((_thumbnail(match.path), caption))
+        return items, [match.path for match in matches]
+
+    def upload(self, path: str) -> tuple[None, Image.Image, Tensor]:
+        """A thumbnail and the unit vector (1, D) of an image; None empties the upload's control."""
+        try:
+            vector = self.searcher.encode_images([path])
+            return None, _thumbnail(Path(path)), vector
+        except UserError as error:
+            raise UserError(str(error).replace(path, Path(path).name)) from None
+        finally:
+            Path(path).unlink(missing_ok=True)
+
+    def classify(self, vector: Tensor, texts: str) -> dict[str, float]:
+        """The probability of each line of `texts`."""
+        lines = [line for line in texts.splitlines() if line.strip()]
+        matches = self.searcher._rank_texts(Path("image"), vector, lines, len(lines))
+        return {match.query: match.score for match in matches}
+
+
+def build_layout(page: Page, n: int) -> Any:
+    """The page's controls, as `gradio.Blocks`."""
+    import gradio as gr
+
+    def shown(handler: Callable) -> Callable:
+        """`handler`, whose `UserError` is shown on the page, where messages are HTML."""
+
+        @functools.wraps(handler)
+        def run(*arguments: Any) -> Any:
+            try:
+                if any(argument is None for argument in arguments):
+                    raise UserError("nothing is given; type a text or upload an image")
+                return handler(*arguments)
+            except UserError as error:
+                raise gr.Error(html.escape(str(error)), print_exception=False) from None
+
+        return run
+
+    def show(paths: list[Path], event: gr.SelectData) -> tuple[Any, Image.Image, str]:
+        path = paths[event.index]
+        return gr.Column(visible=True), Image.fromarray(load_image(path)), _printable(str(path))
+
+    def add_slider() -> Any:
+        return gr.Slider(1, max(n, 100), n, step=1, precision=0, label="number of images")
+
+    def add_gallery() -> list[Any]:
+        paths = gr.State([])
+        with gr.Row():
+            with gr.Column(scale=3):
+                gallery = gr.Gallery(
+                    show_label=False, allow_preview=False, format="jpeg", buttons=[]
+                )
+            with gr.Column(scale=2, visible=False, elem_classes="details") as details:
+                image = gr.Image(label="full size", format="jpeg", buttons=["fullscreen"])
+                path = gr.Textbox(label="path", buttons=["copy"])
+        selected = gallery.select(shown(show), paths, [details, image, path])
+        selected.then(None, js=SCROLL_TO_DETAILS)
+        return [gallery, paths]
+
+    def add_upload() -> tuple[Any, Any]:
+        vector = gr.State()
+        with gr.Row():
+            # Not gr.Image, which decodes any format of Pillow before our limits apply.
+            file = gr.File(label="upload an image", height=160)
+            preview = gr.Image(
+                label="query", format="jpeg", height=160, interactive=False, buttons=[]
+            )
+        return vector, file.upload(shown(page.upload), file, [file, preview, vector])
+
+    latest = {"trigger_mode": "always_last", "queue": False}  # the queue would add 50 ms
+    with gr.Blocks(title="Search images", analytics_enabled=False) as blocks:
+        with gr.Tab("Search"):
+            query = gr.Textbox(label="query", placeholder="type a sentence and press Enter")
+            number = add_slider()
+            examples = gr.Examples([[text] for text in page.examples], query)
+            results = add_gallery()
+            for event in (query.submit, number.input, examples.load_input_event.then):
+                event(shown(page.search), [query, number], results, **latest)
+        with gr.Tab("Similar images"):
+            vector, uploaded = add_upload()
+            number = add_slider()
+            results = add_gallery()
+            for event in (uploaded.success, number.input):
+                event(shown(page.similar), [vector, number], results, **latest)
+        with gr.Tab("Classify"):
+            vector, _ = add_upload()
+            texts = gr.Textbox(label="texts, one a line", lines=4)
+            button = gr.Button("Classify")
+            label = gr.Label(label="probabilities")
+            button.click(shown(page.classify), [vector, texts], label)
+    return blocks
+
+
+def serve(searcher: Searcher, config: SearchConfig) -> None:
+    """Serves a page to search with until it is stopped.
+
+    Raises `UserError` if gradio is missing or the address cannot be used.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as on Ctrl-C
+    with tempfile.TemporaryDirectory() as folder:  # of thumbnails, and of uploads until read
+        os.environ.update(GRADIO_TEMP_DIR=folder, GRADIO_EXAMPLES_CACHE=folder)
+        os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_RUN_HISTORY="False")
+        try:
+            import gradio as gr
+
+            socket.create_server((config.host, config.port)).close()
+        except ImportError:
+            raise UserError("--serve requires gradio: pip install gradio") from None
+        except OSError as error:
+            message = f"--host {config.host} --port {config.port}: {error.strerror}"
+            raise UserError(message) from None
+        blocks = build_layout(Page(searcher, config.images), config.n)
+        blocks.launch(
+            server_name=config.host,
+            server_port=config.port,
+            share=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            max_file_size="100mb",
+            footer_links=[],
+            theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+            css=PAGE_CSS,
+        )
+        print(f"open http://{config.host}:{config.port} in a browser; Ctrl-C stops")
+        try:
+            while True:
+                time.sleep(1)
+        finally:
+            blocks.close(verbose=False)
 
 
 # ---------------------------------------------------------------- command line
@@ -864,7 +1055,9 @@ def main(argv: list[str] | None = None) -> None:
     searcher = Searcher(
         config.weights, config.device, config.num_workers, config.nnn, config.data_dir
     )
-    if config.evaluate:
+    if config.serve:
+        serve(searcher, config)
+    elif config.evaluate:
         print_evaluation(searcher)
     elif config.image:
         texts = read_queries(config) or searcher.test_split().texts

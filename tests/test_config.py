@@ -350,6 +350,13 @@ def test_settings_are_frozen(settings: Config | SearchConfig):
         (["--like", "x.jpg", "--query", "a dog"], "--query: has no effect with --like"),
         (["--like", "x.jpg", "--image", "y.jpg"], "--like: has no effect with --image"),
         (["--images", "photos", "--data-dir", "d"], "--data-dir: has no effect with --images"),
+        (["--serve", "--query", "a dog"], "--query: has no effect with --serve"),
+        (["--serve", "--like", "x.jpg"], "--like: has no effect with --serve"),
+        (["--serve", "--image", "x.jpg"], "--image: has no effect with --serve"),
+        (["--serve", "--evaluate"], "--evaluate: has no effect with --serve"),
+        (["--serve", "--output", "x.png"], "--output: has no effect with --serve"),
+        (["--port", "80"], "--host and --port: have no effect without --serve"),
+        (["--serve", "--port", "65536"], "--port 65536: must be between 1 and 65535"),
     ],
 )
 def test_search_config_rejects_flags_without_effect(arguments, message, capsys):

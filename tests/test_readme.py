@@ -16,7 +16,7 @@ from transformers import DistilBertConfig, DistilBertModel, PreTrainedTokenizerF
 
 import inference
 import trainer
-from config import Config, parse
+from config import Config, SearchConfig, parse
 from data import read_splits
 from models import build_wordpiece_tokenizer
 
@@ -121,6 +121,9 @@ def test_inference_commands(
     text = Path(redirected).read_text() if redirected else ""
     monkeypatch.setattr("sys.stdin", io.StringIO(text))
     arguments = shlex.split(command)[2:]
+    if "--serve" in arguments:  # it would not return; see tests/test_page.py
+        assert parse(SearchConfig, arguments).serve
+        return
     output = Path(value_of("--output", arguments, "matches.png"))
     output.unlink(missing_ok=True)
     inference.main([*arguments, "--num-workers", "0", "--device", "cpu"])

@@ -27,6 +27,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -619,6 +620,32 @@ def save_checkpoint(options: Namespace) -> dict[str, int]:
     model, tokenizer = build_clip(config)
     torch.save(make_checkpoint(model, tokenizer, config, example_query="a dog"), "best.pt")
     return {"images": len(read_splits(options.data_dir)["test"].paths)}
+
+
+@measurement
+def page_query(options: Namespace) -> Iterator[Row]:
+    """A query of the page of `--serve`, with its thumbnails, without gradio's part."""
+    seconds = run_child(options, "query_page")["seconds"]
+    yield "a query of the page over 10,000 images", f"{1000 * seconds:.0f} ms", "< 100 ms"
+
+
+@child
+def query_page(options: Namespace) -> dict[str, float]:
+    """Seconds of a query over random vectors of 10,000 images, some of which are the same."""
+    import torch
+
+    from data import read_splits
+    from inference import Page, Searcher
+
+    save_checkpoint(options)
+    page = Page(Searcher("best.pt", "cpu"), None)
+    paths, vectors = page.index
+    vectors = torch.nn.functional.normalize(torch.randn(10_000, vectors.shape[1]))
+    page.index = [paths[i % len(paths)] for i in range(10_000)], vectors
+    texts = read_splits(options.data_dir)["test"].texts[:100]
+    page.search(texts[0], 8)  # warms up
+    times = [seconds_of(partial(page.search, text, 8)) for text in texts]
+    return {"seconds": statistics.median(times)}
 
 
 if __name__ == "__main__":
