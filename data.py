@@ -590,17 +590,16 @@ def download_flickr8k(folder: Path, base_url: str) -> None:
     Raises `UserError` with the URL and the ways out for any failure.
     """
     print(f"data: {folder} is absent; downloading Flickr8k (1.1 GB, non-commercial research only)")
-    staging = _staging_dir(folder)
-    for name in ARCHIVES:
-        url = f"{base_url.rstrip('/')}/{name}"
-        try:
-            _download_and_unpack(url, staging / name)
-        except Exception as error:  # a wrong URL, a broken transfer or a damaged archive
-            raise UserError(
-                f"{url}: {error}. Run it again, or unpack {' and '.join(ARCHIVES)} into {folder}, "
-                "or pass another --data-dir, or try --demo"
-            ) from None
-    staging.rename(folder)
+    with _staging_dir(folder) as staging:
+        for name in ARCHIVES:
+            url = f"{base_url.rstrip('/')}/{name}"
+            try:
+                _download_and_unpack(url, staging / name)
+            except Exception as error:  # a wrong URL, a broken transfer or a damaged archive
+                raise UserError(
+                    f"{url}: {error}. Run it again, or unpack {' and '.join(ARCHIVES)} into "
+                    f"{folder}, or pass another --data-dir, or try --demo"
+                ) from None
 
 
 def _download_and_unpack(url: str, archive: Path) -> None:
@@ -622,12 +621,25 @@ def _download_and_unpack(url: str, archive: Path) -> None:
     archive.unlink()
 
 
-def _staging_dir(folder: Path) -> Path:
-    """An empty folder to fill and then rename to `folder`, which is therefore never incomplete."""
-    staging = folder.with_name(folder.name + ".part")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    return staging
+@contextmanager
+def _staging_dir(folder: Path) -> Iterator[Path]:
+    """An empty folder to fill. It becomes `folder`, which is therefore never incomplete.
+
+    Of several processes that fill one at the same time, the first one's is kept. Raises `UserError`
+    if it cannot be written.
+    """
+    staging = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    remove_leftovers(folder.parent, f"{folder.name}.*.tmp")
+    shutil.rmtree(staging, ignore_errors=True)  # of a killed process with the same id
+    try:
+        staging.mkdir(parents=True)
+        yield staging
+        if not folder.exists():
+            staging.rename(folder)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be created: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 # ---------------------------------------------------------------- the demo's shapes
@@ -670,8 +682,6 @@ def generate_shapes(folder: Path, train: int = 5000, dev: int = 200, test: int =
     No two scenes have the same set of (size, color, shape, position), so that no test scene is in
     the training split. Each image has five captions that name all of its shapes in random order.
     """
-    staging = _staging_dir(folder)
-    (staging / "Images").mkdir()
     rng = np.random.default_rng(0)
     scenes: dict[frozenset, Scene] = {}
     while len(scenes) < train + dev + test:
@@ -680,18 +690,18 @@ def generate_shapes(folder: Path, train: int = 5000, dev: int = 200, test: int =
 
     names = [f"{index:05d}.png" for index in range(len(scenes))]
     rows = [("image", "caption")]
-    for name, scene in zip(progress(names, f"generating {folder}"), scenes.values()):
-        _render_scene(scene, rng).save(staging / "Images" / name)
-        for template, separator in CAPTION_TEMPLATES:
-            parts = rng.permutation([template.format(**shape) for shape in scene])
-            rows.append((name, separator.join(parts)))
-    with (staging / "captions.txt").open("w", newline="") as file:
-        csv.writer(file).writerows(rows)
-
-    parts = (names[:train], names[train : train + dev], names[train + dev :])
-    for split, part in zip(SPLITS, parts):
-        (staging / f"Flickr_8k.{split}Images.txt").write_text("\n".join(part))
-    staging.rename(folder)
+    with _staging_dir(folder) as staging:
+        (staging / "Images").mkdir()
+        for name, scene in zip(progress(names, f"generating {folder}"), scenes.values()):
+            _render_scene(scene, rng).save(staging / "Images" / name)
+            for template, separator in CAPTION_TEMPLATES:
+                parts = rng.permutation([template.format(**shape) for shape in scene])
+                rows.append((name, separator.join(parts)))
+        with (staging / "captions.txt").open("w", newline="") as file:
+            csv.writer(file).writerows(rows)
+        parts = (names[:train], names[train : train + dev], names[train + dev :])
+        for split, part in zip(SPLITS, parts):
+            (staging / f"Flickr_8k.{split}Images.txt").write_text("\n".join(part))
 
 
 def _sample_scene(rng: np.random.Generator) -> Scene:
@@ -1173,13 +1183,13 @@ def build_train_loader(
 # ---------------------------------------------------------------- files
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Removes temporary files of `atomic_write` whose process was killed on this machine."""
-    for path in folder.glob("*.tmp"):
+def remove_leftovers(folder: Path, pattern: str = "*.tmp") -> None:
+    """Removes temporary files and folders whose process was killed on this machine."""
+    for path in folder.glob(pattern):
         pid = path.suffixes[-2:][0].removeprefix(".")
         if pid.isdigit() and not _is_running(int(pid)):
             with suppress(OSError):
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _is_running(pid: int) -> bool:

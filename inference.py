@@ -808,7 +808,7 @@ def read_queries(config: SearchConfig) -> list[str]:
     if config.query != ["-"]:
         return config.query
     with suppress(UnicodeDecodeError):
-        lines = [line.strip() for line in sys.stdin if line.strip()]
+        lines = [line.strip() for line in sys.stdin or [] if line.strip()]
         if lines:
             return lines
     raise UserError("--query -: standard input contains no line of UTF-8 text")

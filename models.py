@@ -837,8 +837,8 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        torch.zeros(1, device=name).item()  # a meta tensor has no value
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}; try auto or cpu") from None
     device = torch.device(name)
     if device.type == "cuda":
