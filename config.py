@@ -311,7 +311,8 @@ def _known_cause(error: Exception) -> str | None:
         return f"a DataLoader worker died; try --num-workers 0: {line}"
     if number in OS_ERRORS and error.filename:
         return f"{printable(error.filename)}: {error.strerror}"
-    if number in OS_ERRORS or re.match("Too many open files|can't start new thread", message):
+    limits = "Too many open files|received 0 items of ancdata|can't start new thread"
+    if number in OS_ERRORS or re.search(limits, message):
         return f"the system refuses; if it is about DataLoader workers, try --num-workers 0: {line}"
     return None
 

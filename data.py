@@ -40,7 +40,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from config import DEMO_DEFAULTS, WORKER, Config, UserError, check, progress, short
+from config import DEMO_DEFAULTS, WORKER, Config, UserError, check, printable, progress, short
 
 SPLITS = ("train", "dev", "test")
 ARCHIVES = ("Flickr8k_Dataset.zip", "Flickr8k_text.zip")
@@ -447,7 +447,7 @@ def read_splits(data_dir: str | Path) -> dict[str, Split]:
 
     # Say what is left out.
     if layout.errors:
-        first = layout.errors[0]
+        first = printable(layout.errors[0])
         print(f"data: left out {len(layout.errors)} folders that cannot be read: {first}")
     unlisted = captions.keys() - set().union(*lists.values())
     uncaptioned = {name for name in names.in_image_dir if is_image(name)} - captions.keys()
@@ -467,7 +467,8 @@ def read_splits(data_dir: str | Path) -> dict[str, Split]:
         splits[split] = Split(paths, [captions[name] for name in in_split])
     sizes = ", ".join(f"{split} {len(part.paths):,}" for split, part in splits.items())
     num_captions = sum(len(texts) for texts in captions.values())
-    print(f"data: {folder}, {len(captions):,} images, {num_captions:,} captions; {sizes}")
+    place = printable(folder)
+    print(f"data: {place}, {len(captions):,} images, {num_captions:,} captions; {sizes}")
     return splits
 
 
@@ -521,7 +522,7 @@ def _leave_out(count: int, others: int, reason: str, example: str) -> None:
     message = f"{count:,} of {count + others:,} {reason}: {example}"
     if count > MAX_MISSING * (count + others):
         raise UserError(f"{message}, ...; at most {MAX_MISSING:.0%} may be missing or broken")
-    print(f"data: left out, {message}")
+    print(f"data: left out, {printable(message)}")
 
 
 def _read_split_lists(folder: Path, names: ImageNames) -> dict[str, set[str]]:
@@ -615,7 +616,7 @@ def _download_and_unpack(url: str, archive: Path) -> None:
         if damaged:
             raise OSError(f"{damaged} in it is damaged")
         for member in members.namelist():
-            if Path(member).is_absolute() or ".." in Path(member).parts:
+            if leads_outside(member):
                 raise OSError(f"{member} in it is outside its folder")
         members.extractall(archive.parent)
     archive.unlink()
@@ -813,9 +814,10 @@ def list_images(folder: Path) -> list[Path]:
         counts = ", ".join(f"{count:,} {suffix}" for suffix, count in others.most_common(10))
         more = ", ..." if len(others) > 10 else ""
         heif = f" ({HEIF_ADVICE})" if HEIF_SUFFIXES & set(others) else ""
-        print(f"images: left out {others.total():,} files: {counts}{more}{heif}")
+        print(f"images: left out {others.total():,} files: {printable(counts)}{more}{heif}")
     if errors:
-        print(f"images: left out {len(errors):,} folders that cannot be read: {errors[0]}")
+        first = printable(errors[0])
+        print(f"images: left out {len(errors):,} folders that cannot be read: {first}")
     return sorted(folder / name for name in names if is_image(name))
 
 
@@ -1181,6 +1183,11 @@ def build_train_loader(
 
 
 # ---------------------------------------------------------------- files
+
+
+def leads_outside(path: str) -> bool:
+    """Whether a path may lead out of the current folder, or to another machine."""
+    return Path(path).anchor != "" or ".." in Path(path).parts
 
 
 def remove_leftovers(folder: Path, pattern: str = "*.tmp") -> None:
