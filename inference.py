@@ -764,7 +764,8 @@ def plot_matches(results: list[list[Match]]) -> Figure:
         )
         for match, ax in zip(matches, axes.flat):
             ax.imshow(_thumbnail(match.path))
-            name = match.path.name.encode(errors="backslashreplace").decode()  # may not be UTF-8
+            # It may not be UTF-8, and matplotlib warns of characters by printing them.
+            name = printable(match.path.name).encode(errors="backslashreplace").decode()
             if len(name) > 28:
                 name = "…" + name[-27:]
             title = f"{match.rank}.  {match.score:.3f}\n{name}"
@@ -778,7 +779,7 @@ def plot_probabilities(matches: list[Match]) -> Figure:
     figure = Figure(figsize=(11, height), dpi=110, layout="constrained")
     image_ax, bar_ax = figure.subplots(1, 2, width_ratios=(1, 1.2))
     image_ax.imshow(_thumbnail(matches[0].path))
-    image_ax.set_title(matches[0].path.name[-40:], parse_math=False)
+    image_ax.set_title(printable(matches[0].path.name)[-40:], parse_math=False)
     image_ax.axis("off")
     bars = bar_ax.barh(range(len(matches)), [match.score for match in matches])
     bar_ax.bar_label(bars, [f"{match.score:.3f}" for match in matches], padding=3, fontsize=8)
@@ -792,7 +793,7 @@ def plot_probabilities(matches: list[Match]) -> Figure:
 
 def _wrap(text: str, width: int) -> str:
     """At most two lines of text."""
-    return textwrap.fill(textwrap.shorten(text, 2 * width), width)
+    return textwrap.fill(textwrap.shorten(printable(text), 2 * width), width)
 
 
 def _thumbnail(path: Path) -> Image.Image:
