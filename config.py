@@ -4,6 +4,7 @@ python trainer.py --help
 python inference.py --help
 """
 
+import errno
 import functools
 import io
 import multiprocessing
@@ -25,6 +26,14 @@ OUTPUT_FORMATS = (".png", ".jpg", ".jpeg", ".pdf", ".svg", ".csv")
 Precision = Literal["auto", "float32", "bfloat16"]
 WORKER = "DataLoader worker"  # how torch's error messages name a worker process
 TIMED_OUT = "DataLoader timed out"  # torch's error if the workers deliver nothing
+# Errors of the operating system that the user can fix. Others are bugs.
+OS_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE}
+OS_ERRORS |= {errno.ENFILE, errno.EAGAIN, errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR}
+# Characters that change what a terminal shows: C0, DEL, C1, line separators, text direction; and
+# surrogates, which stand for bytes of a file name that are not UTF-8.
+CONTROL_CHARACTERS = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
 class UserError(Exception):
@@ -35,7 +44,17 @@ class UserError(Exception):
             # The DataLoader raises a worker's error again in the main process, with the worker's
             # traceback as its message. The last line of that is the original error.
             message = message.strip().splitlines()[-1].removeprefix("config.UserError: ")
-        super().__init__(" ".join(message.splitlines()))
+        super().__init__(printable(" ".join(message.splitlines())))
+
+
+def printable(text: object) -> str:
+    """The text in one line, with control characters escaped, such as \\x1b.
+
+    For names and texts from files, which anyone may have written, where they are printed.
+    """
+    return CONTROL_CHARACTERS.sub(
+        lambda match: match[0].encode("unicode_escape").decode(), str(text)
+    )
 
 
 # Each field is a flag; the comment after it is the flag's help text.
@@ -265,22 +284,24 @@ def cli_errors(main: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(main)
     def script(argv: list[str] | None = None) -> None:
+        sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  (None if it is closed)
+        sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors="backslashreplace")  # some file names are not UTF-8
+                # Some file names are not UTF-8. A log file shows each line when it is printed.
+                stream.reconfigure(errors="backslashreplace", line_buffering=True)
         try:
             main(argv)
         except UserError as error:
             sys.exit(f"error: {error}")
-        except BrokenPipeError:  # the program that reads the output has closed it, as `head` does
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        except (RuntimeError, ConnectionResetError, ConnectionRefusedError) as error:
+        except (RuntimeError, OSError, MemoryError) as error:
             cause = _known_cause(error)
             if cause is None:
                 raise
             if TIMED_OUT in str(error):
                 _kill_workers()
-            sys.exit(f"error: {cause}: {str(error).splitlines()[0]}")
+            sys.unraisablehook = lambda _: None  # torch prints another one of a loader half built
+            sys.exit(f"error: {cause}")
         except (KeyboardInterrupt, EOFError):  # EOF: a stopped worker has closed its pipe
             sys.exit("stopped")
 
@@ -288,18 +309,29 @@ def cli_errors(main: Callable[..., None]) -> Callable[..., None]:
 
 
 def _known_cause(error: Exception) -> str | None:
-    """What the user can do about an error that torch raises; None if it is a bug."""
+    """What the user can do about an error of torch or the system; None if it is a bug."""
+    if isinstance(error, OSError) and _discard_failed_output():
+        return f"standard output: {error.strerror}"
     message = str(error)
+    line = printable(message.partition("\n")[0])
+    number = getattr(error, "errno", None)
     if type(error).__name__ == "OutOfMemoryError":  # compared by name: torch is not imported here
-        return "out of memory; try --chunk-size 32 in training, --device cpu in search"
+        return f"out of memory; try --chunk-size 32 in training, --device cpu in search: {line}"
+    if isinstance(error, MemoryError) or number == errno.ENOMEM or "CPUAllocator" in message:
+        return f"out of memory; try --num-workers 0, and --chunk-size 32 in training: {line}"
     if "TORCHELASTIC_RUN_ID" in os.environ and re.search("gloo|NCCL", message):
-        return "another process of this run has stopped"
+        return f"another process of this run has stopped: {line}"
     if message.startswith(TIMED_OUT):
-        return "the DataLoader workers are blocked; does their file system answer?"
+        return f"the DataLoader workers are blocked; does their file system answer? {line}"
     # Not an exception in a worker, "Caught ... in DataLoader worker": it is a bug. The connection
     # of a ConnectionError is to a worker.
     if f"{WORKER} (pid" in message or isinstance(error, ConnectionError):
-        return "a DataLoader worker died; try --num-workers 0"
+        return f"a DataLoader worker died; try --num-workers 0: {line}"
+    if number in OS_ERRORS and error.filename:
+        return f"{printable(error.filename)}: {error.strerror}"
+    limits = "Too many open files|received 0 items of ancdata|can't start new thread"
+    if number in OS_ERRORS or re.search(limits, message):
+        return f"the system refuses; if it is about DataLoader workers, try --num-workers 0: {line}"
     return None
 
 
@@ -308,6 +340,19 @@ def _kill_workers() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises for a killed worker
     for worker in multiprocessing.active_children():
         worker.kill()
+
+
+def _discard_failed_output() -> bool:
+    """Whether standard output cannot be written, as on a full disk or a closed pipe.
+
+    What is still to be written is then discarded, which Python would try once more at its exit.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def progress(items: Iterable | None, description: str, **options: Any) -> tqdm:

@@ -40,7 +40,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from config import DEMO_DEFAULTS, WORKER, Config, UserError, check, progress, short
+from config import DEMO_DEFAULTS, WORKER, Config, UserError, check, printable, progress, short
 
 SPLITS = ("train", "dev", "test")
 ARCHIVES = ("Flickr8k_Dataset.zip", "Flickr8k_text.zip")
@@ -454,7 +454,7 @@ def read_splits(data_dir: str | Path) -> dict[str, Split]:
 
     # Say what is left out.
     if layout.errors:
-        first = layout.errors[0]
+        first = printable(layout.errors[0])
         print(f"data: left out {len(layout.errors)} folders that cannot be read: {first}")
     unlisted = captions.keys() - set().union(*lists.values())
     uncaptioned = {name for name in names.in_image_dir if is_image(name)} - captions.keys()
@@ -474,7 +474,8 @@ def read_splits(data_dir: str | Path) -> dict[str, Split]:
         splits[split] = Split(paths, [captions[name] for name in in_split])
     sizes = ", ".join(f"{split} {len(part.paths):,}" for split, part in splits.items())
     num_captions = sum(len(texts) for texts in captions.values())
-    print(f"data: {folder}, {len(captions):,} images, {num_captions:,} captions; {sizes}")
+    place = printable(folder)
+    print(f"data: {place}, {len(captions):,} images, {num_captions:,} captions; {sizes}")
     return splits
 
 
@@ -528,7 +529,7 @@ def _leave_out(count: int, others: int, reason: str, example: str) -> None:
     message = f"{count:,} of {count + others:,} {reason}: {example}"
     if count > MAX_MISSING * (count + others):
         raise UserError(f"{message}, ...; at most {MAX_MISSING:.0%} may be missing or broken")
-    print(f"data: left out, {message}")
+    print(f"data: left out, {printable(message)}")
 
 
 def _read_split_lists(folder: Path, names: ImageNames) -> dict[str, set[str]]:
@@ -597,18 +598,16 @@ def download_flickr8k(folder: Path, base_url: str) -> None:
     Raises `UserError` with the URL and the ways out for any failure, and removes what it wrote.
     """
     print(f"data: {folder} is absent; downloading Flickr8k (1.1 GB, non-commercial research only)")
-    staging = _staging_dir(folder)
-    for name in ARCHIVES:
-        url = f"{base_url.rstrip('/')}/{name}"
-        try:
-            _download_and_unpack(url, staging / name)
-        except Exception as error:  # a wrong URL, a broken transfer or a damaged archive
-            shutil.rmtree(staging, ignore_errors=True)
-            raise UserError(
-                f"{url}: {error}. Run it again, or unpack {' and '.join(ARCHIVES)} into {folder}, "
-                "or pass another --data-dir, or try --demo"
-            ) from None
-    staging.rename(folder)
+    with _staging_dir(folder) as staging:
+        for name in ARCHIVES:
+            url = f"{base_url.rstrip('/')}/{name}"
+            try:
+                _download_and_unpack(url, staging / name)
+            except Exception as error:  # a wrong URL, a broken transfer or a damaged archive
+                raise UserError(
+                    f"{url}: {error}. Run it again, or unpack {' and '.join(ARCHIVES)} into "
+                    f"{folder}, or pass another --data-dir, or try --demo"
+                ) from None
 
 
 def _download_and_unpack(url: str, archive: Path) -> None:
@@ -622,7 +621,7 @@ def _download_and_unpack(url: str, archive: Path) -> None:
         if damaged:
             raise OSError(f"{damaged} in it is damaged")
         for member in members.namelist():
-            if Path(member).is_absolute() or ".." in Path(member).parts:
+            if leads_outside(member):
                 raise OSError(f"{member} in it is outside its folder")
         members.extractall(archive.parent)
     archive.unlink()
@@ -643,12 +642,25 @@ def _download(url: str, path: Path) -> None:
             raise OSError(f"only {file.tell():,} of {expected:,} bytes arrived")
 
 
-def _staging_dir(folder: Path) -> Path:
-    """An empty folder to fill and then rename to `folder`, which is therefore never incomplete."""
-    staging = folder.with_name(folder.name + ".part")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    return staging
+@contextmanager
+def _staging_dir(folder: Path) -> Iterator[Path]:
+    """An empty folder to fill. It becomes `folder`, which is therefore never incomplete.
+
+    Of several processes that fill one at the same time, the first one's is kept. Raises `UserError`
+    if it cannot be written.
+    """
+    staging = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    remove_leftovers(folder.parent, f"{folder.name}.*.tmp")
+    shutil.rmtree(staging, ignore_errors=True)  # of a killed process with the same id
+    try:
+        staging.mkdir(parents=True)
+        yield staging
+        if not folder.exists():
+            staging.rename(folder)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be created: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 # ---------------------------------------------------------------- the demo's shapes
@@ -691,8 +703,6 @@ def generate_shapes(folder: Path, train: int = 5000, dev: int = 200, test: int =
     No two scenes have the same set of (size, color, shape, position), so that no test scene is in
     the training split. Each image has five captions that name all of its shapes in random order.
     """
-    staging = _staging_dir(folder)
-    (staging / "Images").mkdir()
     rng = np.random.default_rng(0)
     scenes: dict[frozenset, Scene] = {}
     while len(scenes) < train + dev + test:
@@ -701,18 +711,18 @@ def generate_shapes(folder: Path, train: int = 5000, dev: int = 200, test: int =
 
     names = [f"{index:05d}.png" for index in range(len(scenes))]
     rows = [("image", "caption")]
-    for name, scene in zip(progress(names, f"generating {folder}"), scenes.values()):
-        _render_scene(scene, rng).save(staging / "Images" / name)
-        for template, separator in CAPTION_TEMPLATES:
-            parts = rng.permutation([template.format(**shape) for shape in scene])
-            rows.append((name, separator.join(parts)))
-    with (staging / "captions.txt").open("w", newline="") as file:
-        csv.writer(file).writerows(rows)
-
-    parts = (names[:train], names[train : train + dev], names[train + dev :])
-    for split, part in zip(SPLITS, parts):
-        (staging / f"Flickr_8k.{split}Images.txt").write_text("\n".join(part))
-    staging.rename(folder)
+    with _staging_dir(folder) as staging:
+        (staging / "Images").mkdir()
+        for name, scene in zip(progress(names, f"generating {folder}"), scenes.values()):
+            _render_scene(scene, rng).save(staging / "Images" / name)
+            for template, separator in CAPTION_TEMPLATES:
+                parts = rng.permutation([template.format(**shape) for shape in scene])
+                rows.append((name, separator.join(parts)))
+        with (staging / "captions.txt").open("w", newline="") as file:
+            csv.writer(file).writerows(rows)
+        parts = (names[:train], names[train : train + dev], names[train + dev :])
+        for split, part in zip(SPLITS, parts):
+            (staging / f"Flickr_8k.{split}Images.txt").write_text("\n".join(part))
 
 
 def _sample_scene(rng: np.random.Generator) -> Scene:
@@ -824,9 +834,10 @@ def list_images(folder: Path) -> list[Path]:
         counts = ", ".join(f"{count:,} {suffix}" for suffix, count in others.most_common(10))
         more = ", ..." if len(others) > 10 else ""
         heif = f" ({HEIF_ADVICE})" if HEIF_SUFFIXES & set(others) else ""
-        print(f"images: left out {others.total():,} files: {counts}{more}{heif}")
+        print(f"images: left out {others.total():,} files: {printable(counts)}{more}{heif}")
     if errors:
-        print(f"images: left out {len(errors):,} folders that cannot be read: {errors[0]}")
+        first = printable(errors[0])
+        print(f"images: left out {len(errors):,} folders that cannot be read: {first}")
     return sorted(folder / name for name in names if is_image(name))
 
 
@@ -1240,13 +1251,18 @@ def build_train_loader(
 # ---------------------------------------------------------------- files
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Removes temporary files of `atomic_write` whose process was killed on this machine."""
-    for path in folder.glob("*.tmp"):
+def leads_outside(path: str) -> bool:
+    """Whether a path may lead out of the current folder, or to another machine."""
+    return Path(path).anchor != "" or ".." in Path(path).parts
+
+
+def remove_leftovers(folder: Path, pattern: str = "*.tmp") -> None:
+    """Removes temporary files and folders whose process was killed on this machine."""
+    for path in folder.glob(pattern):
         pid = path.suffixes[-2:][0].removeprefix(".")
         if pid.isdigit() and not _is_running(int(pid)):
             with suppress(OSError):
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _is_running(pid: int) -> bool:

@@ -36,7 +36,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from config import Config, SearchConfig, UserError, cli_errors, parse, progress
+from config import Config, SearchConfig, UserError, cli_errors, parse, printable, progress
 from data import (
     DECODING,
     ImageSource,
@@ -44,6 +44,7 @@ from data import (
     Transform,
     atomic_write,
     build_loader,
+    leads_outside,
     list_images,
     load_image,
     read_splits,
@@ -471,7 +472,7 @@ class EmbeddingIndex:
             if zlib.crc32(embeddings) != content["checksum"]:
                 raise ValueError("its array has another checksum")
         except Exception as error:  # a damaged or hostile file can raise anything
-            print(f"{listing}: is damaged and built again ({error})")
+            print(printable(f"{listing}: is damaged and built again ({error})"))
             return empty
         return signatures, embeddings
 
@@ -496,7 +497,7 @@ class EmbeddingIndex:
             atomic_write(array, lambda file: np.save(file, embeddings))
             atomic_write(self.folder / f"{self.name}.json", lambda file: file.write(text.encode()))
         except (OSError, UserError) as error:
-            print(f"the index is not saved: {error}")
+            print(printable(f"the index is not saved: {error}"))
             return
         for old_array in set(self.folder.glob(f"{self.name}-*.npy")) - {array}:
             old_array.unlink(missing_ok=True)
@@ -545,13 +546,15 @@ class Searcher:
         data_dir: str | Path | None = None,
     ) -> None:
         """Without `nnn` images are ranked by their cosines, without hub correction. `data_dir` is
-        the folder of the data set, if it is not where the model was trained.
+        the folder of the data set, if it is not where the model was trained. A checkpoint may come
+        from anyone, so that its own path is used only inside the current folder.
 
         Raises `UserError` if `weights` is not a checkpoint of this program.
         """
         self.checkpoint_path = Path(weights)
         self.checkpoint = load_checkpoint(weights, mmap=True)
         self.config = replace(self.checkpoint.config, num_workers=num_workers)
+        self.trusts_data_dir = data_dir is not None or not leads_outside(self.config.data_dir)
         if data_dir is not None:
             self.config = replace(self.config, data_dir=str(data_dir))
         self.tokenizer = self.checkpoint.tokenizer
@@ -706,12 +709,13 @@ class Searcher:
     def _list_images(self, images: str | Path | None) -> list[Path]:
         if images is None:
             paths = self.test_split().paths
-            print(f"searching the {len(paths):,} test images of {self.config.data_dir}")
+            data_dir = printable(self.config.data_dir)
+            print(f"searching the {len(paths):,} test images of {data_dir}")
             return paths
         paths = list_images(Path(images))
         if not paths:
             raise UserError(f"--images {images}: is not a folder that contains images")
-        print(f"searching {len(paths):,} images in {images}")
+        print(f"searching {len(paths):,} images in {printable(images)}")
         return paths
 
     def _open_index(self, images: str | Path | None) -> EmbeddingIndex:
@@ -728,13 +732,15 @@ class Searcher:
     def test_split(self) -> Split:
         """The test split of the data set that the model was trained on.
 
-        Raises `UserError` if the data set is not where it was.
+        Raises `UserError` if the data set is not where it was, or its path is not trusted.
         """
-        if Path(self.config.data_dir).exists():
-            return read_splits(self.config.data_dir)["test"]
+        data_dir = self.config.data_dir
+        if self.trusts_data_dir and Path(data_dir).exists():
+            return read_splits(data_dir)["test"]
+        place = "not here" if self.trusts_data_dir else "outside of the current folder"
         raise UserError(
-            f"{self.config.data_dir}, the data set of the training, is not here; "
-            "pass --data-dir, or --images to search another folder"
+            f"{data_dir}, the data set of the training, is {place}; "
+            f"pass --data-dir to read it, or --images to search another folder"
         )
 
 
@@ -745,21 +751,21 @@ def show_matches(results: list[list[Match]], output: Path) -> None:
     """Prints the matches of each query and saves them as a figure or a table."""
     for matches in results:
         corrected = any(match.score != match.cosine for match in matches)
-        print(f"\n{matches[0].query}")
+        print(f"\n{printable(matches[0].query)}")
         print("rank   score  cosine  image" if corrected else "rank  cosine  image")
         for match in matches:
             score = f"{match.score:6.3f}  " if corrected else ""
-            print(f"{match.rank:4}  {score}{match.cosine:6.3f}  {match.path}")
+            print(f"{match.rank:4}  {score}{match.cosine:6.3f}  {printable(match.path)}")
     _save(results, lambda: plot_matches(results), output)
 
 
 def show_probabilities(matches: list[Match], output: Path) -> None:
     """Prints the texts for one image and saves them as a figure or a table."""
-    print(f"\n{matches[0].path}\nrank   prob.  text")
+    print(f"\n{printable(matches[0].path)}\nrank   prob.  text")
     if len(matches) == 1:
         print("      (the probability of a single text is always 1)")
     for match in matches:
-        print(f"{match.rank:4}  {match.score:6.3f}  {match.query}")
+        print(f"{match.rank:4}  {match.score:6.3f}  {printable(match.query)}")
     _save([matches], lambda: plot_probabilities(matches), output)
 
 
@@ -776,7 +782,7 @@ def _save(results: list[list[Match]], plot: Any, output: Path) -> None:
         figure = plot()
         file_format = output.suffix[1:].lower()
         atomic_write(output, lambda file: figure.savefig(file, format=file_format))
-    print(f"\nsaved {output}")
+    print(f"\nsaved {printable(output)}")
 
 
 def plot_matches(results: list[list[Match]]) -> Figure:
@@ -800,7 +806,7 @@ def plot_matches(results: list[list[Match]]) -> Figure:
         )
         for match, ax in zip(matches, axes.flat):
             ax.imshow(_thumbnail(match.path))
-            name = _printable(match.path.name)
+            name = printable(match.path.name)
             if len(name) > 28:
                 name = "…" + name[-27:]
             title = f"{match.rank}.  {match.score:.3f}\n{name}"
@@ -814,7 +820,7 @@ def plot_probabilities(matches: list[Match]) -> Figure:
     figure = Figure(figsize=(11, height), dpi=110, layout="constrained")
     image_ax, bar_ax = figure.subplots(1, 2, width_ratios=(1, 1.2))
     image_ax.imshow(_thumbnail(matches[0].path))
-    image_ax.set_title(matches[0].path.name[-40:], parse_math=False)
+    image_ax.set_title(printable(matches[0].path.name)[-40:], parse_math=False)
     image_ax.axis("off")
     bars = bar_ax.barh(range(len(matches)), [match.score for match in matches])
     bar_ax.bar_label(bars, [f"{match.score:.3f}" for match in matches], padding=3, fontsize=8)
@@ -826,14 +832,9 @@ def plot_probabilities(matches: list[Match]) -> Figure:
     return figure
 
 
-def _printable(name: str) -> str:
-    """A file name, which may not be UTF-8."""
-    return name.encode(errors="backslashreplace").decode()
-
-
 def _wrap(text: str, width: int) -> str:
     """At most two lines of text."""
-    return textwrap.fill(textwrap.shorten(text, 2 * width), width)
+    return textwrap.fill(textwrap.shorten(printable(text), 2 * width), width)
 
 
 def _thumbnail(path: Path) -> Image.Image:
@@ -889,7 +890,7 @@ class Page:
         matches = self.searcher._rank(["query"], vector, self.index, n, correct)[0]
         items = []
         for match in matches:
-            caption = f"{match.rank}.  {match.score:.3f}\n{_printable(match.path.name)}"
+            caption = f"{match.rank}.  {match.score:.3f}\n{printable(match.path.name)}"
             items.append((_thumbnail(match.path), caption))
         return items, [match.path for match in matches]
 
@@ -930,7 +931,7 @@ def build_layout(page: Page, n: int) -> Any:
 
     def show(paths: list[Path], event: gr.SelectData) -> tuple[Any, Image.Image, str]:
         path = paths[event.index]
-        return gr.Column(visible=True), Image.fromarray(load_image(path)), _printable(str(path))
+        return gr.Column(visible=True), Image.fromarray(load_image(path)), printable(path)
 
     def add_slider() -> Any:
         return gr.Slider(1, max(n, 100), n, step=1, precision=0, label="number of images")
@@ -1029,7 +1030,7 @@ def read_queries(config: SearchConfig) -> list[str]:
     if config.query != ["-"]:
         return config.query
     with suppress(UnicodeDecodeError):
-        lines = [line.strip() for line in sys.stdin if line.strip()]
+        lines = [line.strip() for line in sys.stdin or [] if line.strip()]
         if lines:
             return lines
     raise UserError("--query -: standard input contains no line of UTF-8 text")

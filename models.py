@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
-from config import Config, UserError, check, short
+from config import Config, UserError, check, printable, short
 from data import read_tokenizer
 
 MAX_LOGIT_SCALE = 100.0  # section 2.4: "clipped to prevent scaling the logits by more than 100"
@@ -309,7 +309,7 @@ def build_image_encoder(config: Config) -> ImageEncoder:
         encoder = ImageEncoder(name, config.image_size, config.pretrained, drop_path, img_size=size)
     except Exception as error:  # a wrong name, a damaged folder, an unreachable hub
         if "drop_path_rate" in str(error) and config.drop_path < 0:
-            print(f"model: {name} has no stochastic depth and is trained without it")
+            print(f"model: {printable(name)} has no stochastic depth and is trained without it")
             return build_image_encoder(replace(config, drop_path=0.0))
         if "drop_path_rate" in str(error):
             raise UserError(
@@ -837,8 +837,8 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        torch.zeros(1, device=name).item()  # a meta tensor has no value
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}; try auto or cpu") from None
     device = torch.device(name)
     if device.type == "cuda":

@@ -36,12 +36,23 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
-from config import DEMO_DEFAULTS, Config, UserError, check, cli_errors, parse, progress, short
+from config import (
+    DEMO_DEFAULTS,
+    Config,
+    UserError,
+    check,
+    cli_errors,
+    parse,
+    printable,
+    progress,
+    short,
+)
 from data import (
     Split,
     atomic_write,
     build_train_loader,
     check_data_dir,
+    leads_outside,
     open_image,
     prepare_data_dir,
     read_splits,
@@ -106,13 +117,16 @@ def main(argv: list[str] | None = None) -> None:
         last = Path("runs", config.name, "last.pt")
         if not last.exists():
             sys.exit("stopped")
-        sys.exit(f"stopped; resume with: python trainer.py --resume {shlex.quote(str(last))}")
+        command = f"python trainer.py --resume {shlex.quote(str(last))}"
+        sys.exit(f"stopped; resume with: {printable(command)}")
 
 
 def resumed_config(argv: list[str] | None, checkpoint: Checkpoint, path: str) -> Config:
     """The settings of the checkpoint, with those that may change from the command line.
 
-    Raises `UserError` for a checkpoint without training state and for any other setting.
+    From a checkpoint outside of `runs`, which may come from anyone, those of the machine are not
+    taken. Raises `UserError` for one without training state, for any other setting, and if
+    `--data-dir` is needed.
     """
     if checkpoint.training is None:
         raise UserError(f"--resume {path}: has no training state; resume from a run's last.pt")
@@ -126,9 +140,19 @@ def resumed_config(argv: list[str] | None, checkpoint: Checkpoint, path: str) ->
     run_dir = Path(os.path.abspath(path)).parent
     if run_dir.parent == Path("runs").absolute():  # a run is resumed where it is
         saved = replace(saved, name=run_dir.name)
+    else:
+        data_dir = "" if leads_outside(saved.data_dir) else saved.data_dir
+        saved = replace(
+            saved, data_dir=data_dir, num_workers=Config.num_workers, device=Config.device
+        )
     config = parse(Config, argv, default=saved)
     fixed = [field.name for field in fields(Config) if field.name not in MAY_CHANGE_ON_RESUME]
     check_unchanged(config, saved, fixed)
+    if not config.data_dir:
+        raise UserError(
+            f"--resume {path}: its data is outside of the current folder, in "
+            f"{checkpoint.config.data_dir}; pass --data-dir to read it"
+        )
     epochs_done = len(checkpoint.training.history)
     if config.epochs < epochs_done:
         raise UserError(f"--epochs {config.epochs}: {path} has {epochs_done} epochs already")
@@ -566,7 +590,8 @@ def setup_model_and_data(
         return load_clip(checkpoint), checkpoint.tokenizer, splits
     if config.pretrained:
         # Encoders first: if they cannot be loaded, that is said before any data is downloaded.
-        print(f"model: loading the pretrained {config.text_encoder} and {config.image_encoder}")
+        names = printable(f"{config.text_encoder} and {config.image_encoder}")
+        print(f"model: loading the pretrained {names}")
         model, tokenizer = build_clip(config)
         return model, tokenizer, load_splits(config, dist)
     splits = load_splits(config, dist)
@@ -916,9 +941,12 @@ def test_best(run: Run) -> None:
     print(f"test, with the weights of epoch {best_epoch(run.history)}: {format_metrics(metrics)}")
     if references:
         print(f"test, with hub correction: {format_metrics(metrics, '_nnn')}")
-    print(f"saved in {run.run_dir}: best.pt, last.pt, metrics.csv, curves.png, test.json")
+    run_dir = printable(run.run_dir)
+    print(f"saved in {run_dir}: best.pt, last.pt, metrics.csv, curves.png, test.json")
     command = ["python", "inference.py", "--weights", str(best), "--n", "8"]
-    print(f"{shlex.join(command)} --query={shlex.quote(query)}")
+    if leads_outside(checkpoint.config.data_dir):
+        command += ["--data-dir", config.data_dir]
+    print(printable(f"{shlex.join(command)} --query={shlex.quote(query)}"))
 
 
 if __name__ == "__main__":

@@ -188,12 +188,13 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Path:
-    """The folder of a finished small run; never written to."""
+    """The folder of a finished small run on `shapes`, which is beside `runs`; never written to."""
     folder = tmp_path_factory.mktemp("trained")
+    shutil.copytree(shapes, folder / "shapes")
     before = Path.cwd()
     os.chdir(folder)
     try:
-        trainer.main([*TINY, "--data-dir", str(shapes)])
+        trainer.main([*TINY, "--data-dir", "shapes"])
     finally:
         os.chdir(before)
     return folder / "runs" / "demo"

@@ -56,7 +56,7 @@ def value_of(flag: str, arguments: list[str], default: str) -> str:
 def workspace(tmp_path_factory: pytest.TempPathFactory, shapes: Path, trained: Path) -> Path:
     """A folder with a small version of every file that the commands name."""
     folder = tmp_path_factory.mktemp("readme")
-    for data in ("data/flickr8k", "data/shapes", "path/to/flickr8k", "path/to/folder"):
+    for data in ("data/flickr8k", "data/shapes", "path/to/flickr8k", "path/to/folder", "shapes"):
         shutil.copytree(shapes, folder / data)
     shutil.copytree(shapes / "Images", folder / "path/to/images")
     shutil.copy(shapes / "Images" / "00000.png", folder / "photo.jpg")

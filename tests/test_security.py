@@ -17,6 +17,7 @@ from inference import Searcher
 from inference import main as search
 from models import load_checkpoint
 from trainer import main as train
+from trainer import resumed_config
 
 SEARCH = ["--num-workers", "0", "--device", "cpu"]
 REMOVE = ...  # the value for `tampered` that removes a field
@@ -229,3 +230,54 @@ def test_search_rejects_huge_layer_count_quickly(checkpoint: Path, images: Path)
 def test_load_checkpoint_keeps_settings(trained: Path) -> None:
     config = asdict(load_checkpoint(trained / "best.pt").config)
     assert torch.load(trained / "best.pt", weights_only=True)["config"] == config
+
+
+# ---------------------------------------------------------------- settings of a stranger
+
+
+OUTSIDE = ["/home/user/photos", "../photos", "data/../../photos"]
+
+
+@pytest.mark.parametrize("data_dir", OUTSIDE)
+@pytest.mark.parametrize("flags", [[], ["--evaluate"], ["--image", "images/00000.png"]])
+def test_search_reads_data_outside_the_folder_only_by_flag(
+    data_dir: str, flags: list[str], checkpoint: Path, images: Path, shapes: Path
+) -> None:
+    stranger = tampered(checkpoint, "config/data_dir", data_dir)
+    message = error_message(search, "--weights", stranger, *flags, *SEARCH)
+    assert message.startswith(f"error: {data_dir}, the data set of the training, is outside")
+    assert "--data-dir" in message
+    search(["--weights", str(stranger), *flags, "--data-dir", str(shapes), *SEARCH])
+
+
+def test_search_takes_workers_and_device_from_the_user(checkpoint: Path, images: Path) -> None:
+    stranger = tampered(checkpoint, "config/num_workers", 256)
+    searcher = Searcher(tampered(stranger, "config/device", "cuda:7"), "cpu")
+    assert searcher.config.num_workers == -1
+    assert searcher.device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("data_dir", OUTSIDE)
+def test_resume_from_elsewhere_reads_data_outside_the_folder_only_by_flag(
+    data_dir: str, trained: Path, workdir: Path
+) -> None:
+    stranger = tampered(trained / "last.pt", "config/data_dir", data_dir)
+    message = error_message(train, "--resume", stranger)
+    assert data_dir in message
+    assert "pass --data-dir" in message
+    config = resumed_config(["--data-dir", data_dir], load_checkpoint(stranger), str(stranger))
+    assert config.data_dir == data_dir
+    assert list(workdir.iterdir()) == [workdir / stranger]
+
+
+def test_resume_from_elsewhere_takes_workers_and_device_from_the_user(
+    trained: Path, workdir: Path
+) -> None:
+    changed = tampered(trained / "last.pt", "config/num_workers", 256)
+    stranger = tampered(changed, "config/device", "cuda:7")
+    config = resumed_config([], load_checkpoint(stranger), str(stranger))
+    assert (config.num_workers, config.device) == (-1, "auto")
+    Path("runs/demo").mkdir(parents=True)
+    own = Path(shutil.move(stranger, "runs/demo/last.pt"))
+    config = resumed_config([], load_checkpoint(own), str(own))
+    assert (config.num_workers, config.device) == (256, "cuda:7")

@@ -98,6 +98,7 @@ def test_test_best_quotes_the_search_command(workdir, shapes, capsys):
     line = capsys.readouterr().out.splitlines()[-1]
     example_query = load_checkpoint("runs/my run/best.pt").example_query
     command = ["python", "inference.py", "--weights", "runs/my run/best.pt", "--n", "8"]
+    command += ["--data-dir", str(shapes)]  # it is outside of the current folder
     assert shlex.split(line) == [*command, f"--query={example_query}"]
     inference.main(shlex.split(line)[2:])
     Image.open(workdir / "matches.png").verify()
