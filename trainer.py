@@ -646,7 +646,7 @@ def data_digest(splits: dict[str, Split]) -> dict[str, dict[str, Any]]:
             "images": len(split.paths),
             "captions": len(split.texts),
             "image names": _hash([path.name for path in split.paths]),
-            "texts": _hash(split.captions),
+            "texts": _hash(list(split.captions)),
         }
     return digest
 
