@@ -431,9 +431,12 @@ class PackedList(Sequence):
     """
 
     def __init__(self, texts: Iterable[str], unpack: Callable[[str], Any]) -> None:
-        encoded = [text.encode(errors="surrogatepass") for text in texts]
-        self.offsets = np.cumsum([0, *map(len, encoded)])  # item i ends where item i + 1 starts
-        self.buffer = b"".join(encoded)
+        self.buffer = bytearray()
+        offsets = [0]  # item i ends where item i + 1 starts
+        for text in texts:
+            self.buffer += text.encode(errors="surrogatepass")
+            offsets.append(len(self.buffer))
+        self.offsets = np.array(offsets)
         self.unpack = unpack
 
     def __len__(self) -> int:

@@ -553,7 +553,8 @@ def same_folder(one: Path, other: Path) -> bool:
 def load_splits(config: Config, dist: Distributed) -> dict[str, Split]:
     """The splits of the data folder, which is downloaded or generated first if it may be.
 
-    The header of every image is read, so that a broken one is named before the first step. Raises
+    The header of every image is read, so that a broken one is named before the first step, except
+    when a run is resumed, whose images must be those that were read at its start. Raises
     `UserError` for it, and for fewer training images than a batch.
     """
     dist.main_process_first(lambda: prepare_data_dir(config))
@@ -563,10 +564,12 @@ def load_splits(config: Config, dist: Distributed) -> dict[str, Split]:
         raise UserError(
             f"--batch-size {config.batch_size}: the training split has only {num_images} images"
         )
-    paths = [path for split in splits.values() for path in split.paths]
-    for path in progress(paths, "checking images", leave=False):
-        with open_image(path):
-            pass
+    if config.resume and not config.allow_changed_data:
+        return splits
+    for name, split in splits.items():
+        for path in progress(split.paths, f"checking {name} images", leave=False):
+            with open_image(path):
+                pass
     return splits
 
 
