@@ -11,6 +11,7 @@ import codecs
 import csv
 import difflib
 import functools
+import gc
 import hashlib
 import io
 import itertools
@@ -26,12 +27,12 @@ import urllib.request
 import warnings
 import zipfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path, PureWindowsPath
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TextIO
 
 import numpy as np
 import torch
@@ -80,14 +81,19 @@ class CaptionRow(NamedTuple):
 CaptionParser = Callable[[Path], Iterator[CaptionRow | UserError]]  # an error for a broken row
 
 
-def _read_text(path: Path) -> str:
-    """The text of a UTF-8 file, with or without a byte-order mark, or of a UTF-16 file with one."""
+def _open_text(path: Path, newline: str = "") -> TextIO:
+    """The text of a UTF-8 file, with or without a byte-order mark, or of a UTF-16 file with one.
+
+    It is decoded while it is read, because the text of a large file can take four times its size.
+    """
     if not path.is_file():  # opening a named pipe would block
         raise UserError(f"{path}: No such file")
     try:
         content = path.read_bytes()
         is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        return content.decode("utf-16" if is_utf16 else "utf-8-sig")
+        encoding = "utf-16" if is_utf16 else "utf-8-sig"
+        content.decode(encoding)
+        return io.TextIOWrapper(io.BytesIO(content), encoding, newline=newline)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -120,7 +126,7 @@ def _find_parser(path: Path) -> CaptionParser | UserError:
 
 def _read_token_file(path: Path) -> Iterator[CaptionRow | UserError]:
     """Rows of `name.jpg#0<TAB>caption`, the format of Flickr8k's own archives."""
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+    for number, line in enumerate(_open_text(path, newline="\n"), start=1):
         source = f"{path}, row {number}"
         name, tab, caption = line.partition("\t")
         if tab:
@@ -157,12 +163,13 @@ def _read_table(path: Path) -> Iterator[CaptionRow | UserError]:
 
     Not pandas: all cells are text, so that "None", "NA" and "007" stay captions.
     """
-    text = _read_text(path)
-    separator, columns = _parse_header(next(line for line in text.splitlines() if line.strip()))
+    file = _open_text(path)
+    separator, columns = _parse_header(next(line for line in file if line.strip()))
+    file.seek(0)
     image = _find_column(path, columns, IMAGE_COLUMNS)
     caption = _find_column(path, columns, CAPTION_COLUMNS)
     file_name = str(path)
-    rows = _csv_rows(text, separator)
+    rows = _csv_rows(file, separator)
     number, header = next(rows)
     if isinstance(header, csv.Error):
         raise UserError(f"{file_name}, row {number}: {header}")
@@ -182,7 +189,7 @@ def _read_table(path: Path) -> Iterator[CaptionRow | UserError]:
         yield UserError(f"{source}: {reason}")
 
 
-def _csv_rows(text: str, separator: str) -> Iterator[tuple[int, list[str] | csv.Error]]:
+def _csv_rows(file: TextIO, separator: str) -> Iterator[tuple[int, list[str] | csv.Error]]:
     """The rows of a table that are not blank, by the number of their first line.
 
     Yields an error for each line of a row that is not CSV. A quotation mark that is never closed
@@ -191,7 +198,6 @@ def _csv_rows(text: str, separator: str) -> Iterator[tuple[int, list[str] | csv.
     csv.field_size_limit(2**31 - 1)
     # Flickr30k's table has a space after each bar, and captions that begin with a quotation mark.
     skip_space = separator != "|"
-    file = io.StringIO(text, newline="")
     reader = csv.reader(file, delimiter=separator, skipinitialspace=skip_space, strict=True)
     while True:
         number = reader.line_num + 1
@@ -212,8 +218,10 @@ def _read_karpathy(path: Path) -> Iterator[CaptionRow]:
     By Karpathy and Fei-Fei (arXiv 1412.2306); the field trains on "restval" too.
     """
     number = 0
+    gc.disable()  # else half of the time goes into visiting the dicts of the file again and again
     try:
-        for number, image in enumerate(json.loads(_read_text(path))["images"]):
+        content = json.load(_open_text(path))
+        for number, image in enumerate(content["images"]):
             source = f"{path}, image {number}"
             name = posixpath.join(image.get("filepath", ""), image["filename"])
             split = KARPATHY_SPLITS.get(image.get("split"), "")
@@ -224,6 +232,8 @@ def _read_karpathy(path: Path) -> Iterator[CaptionRow]:
         raise UserError(
             f"{path}, image {number}: 'images' need 'filename' and 'sentences' ({reason})"
         ) from None
+    finally:
+        gc.enable()
 
 
 # ---------------------------------------------------------------- layout
@@ -420,12 +430,42 @@ def _loose(path: str) -> str:
 # ---------------------------------------------------------------- splits
 
 
+class PackedList(Sequence):
+    """A list of which item i is `unpack(texts[i])`, as one buffer of text that processes share.
+
+    A forked DataLoader worker would copy a list of strings: reading one changes its count of
+    references.
+    """
+
+    def __init__(self, texts: Iterable[str], unpack: Callable[[str], Any]) -> None:
+        self.buffer = bytearray()
+        offsets = [0]  # item i ends where item i + 1 starts
+        for text in texts:
+            self.buffer += text.encode(errors="surrogatepass")
+            offsets.append(len(self.buffer))
+        self.offsets = np.array(offsets)
+        self.unpack = unpack
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        index = range(len(self))[index]  # negative ones count from the end
+        text = self.buffer[self.offsets[index] : self.offsets[index + 1]]
+        return self.unpack(text.decode(errors="surrogatepass"))
+
+    def __eq__(self, other: object) -> bool:
+        return list(self) == list(other)
+
+
 @dataclass(frozen=True)
 class Split:
     """Images, each once, with all their captions: `captions[i]` belong to `paths[i]`."""
 
-    paths: list[Path]
-    captions: list[list[str]]
+    paths: Sequence[Path]
+    captions: Sequence[list[str]]
 
     @property
     def texts(self) -> list[str]:
@@ -470,24 +510,34 @@ def read_splits(data_dir: str | Path) -> dict[str, Split]:
         in_split = sorted(listed & captions.keys())
         if not in_split:
             raise UserError(f"{folder}: the {split} split has no image in {image_dir}")
-        paths = [image_dir / name for name in in_split]
-        splits[split] = Split(paths, [captions[name] for name in in_split])
+        paths = PackedList(in_split, image_dir.joinpath)
+        texts = PackedList((captions[name] for name in in_split), _split_captions)
+        splits[split] = Split(paths, texts)
     sizes = ", ".join(f"{split} {len(part.paths):,}" for split, part in splits.items())
-    num_captions = sum(len(texts) for texts in captions.values())
+    num_captions = _count_captions(captions)
     place = printable(folder)
     print(f"data: {place}, {len(captions):,} images, {num_captions:,} captions; {sizes}")
     return splits
 
 
+def _split_captions(text: str) -> list[str]:
+    return text.split("\n")
+
+
+def _count_captions(captions: dict[str, str]) -> int:
+    return len(captions) + sum(text.count("\n") for text in captions.values())
+
+
 def _captions_by_image(
     layout: Layout, names: ImageNames
-) -> tuple[dict[str, list[str]], dict[str, set[str]]]:
+) -> tuple[dict[str, str], dict[str, set[str]]]:
     """The captions of each image, and the images of each split if the caption file defines them.
 
+    The captions are joined by line breaks, of which they have none.
     Images are named as in `ImageNames.find`. Flickr8k itself has five captions of an image that is
     not in its archive.
     """
-    captions: dict[str, list[str]] = {}
+    captions: dict[str, str] = {}
     lists: dict[str, set[str]] = {}
     found: dict[str, str | None] = {}  # by the name in the caption file
     missing: list[str] = []
@@ -505,13 +555,13 @@ def _captions_by_image(
                 found[row.image] = names.find(posixpath.basename(row.image), row.source)
         name, caption = found[row.image], " ".join(row.caption.split())
         if caption and name:
-            captions.setdefault(name, []).append(caption)
+            captions[name] = f"{captions[name]}\n{caption}" if name in captions else caption
         elif caption:
             missing.append(row.image)
         if name and row.split:
             lists.setdefault(row.split, set()).add(name)
 
-    num_captions = sum(len(texts) for texts in captions.values())
+    num_captions = _count_captions(captions)
     if broken:
         _leave_out(len(broken), num_captions + len(missing), "rows are broken", str(broken[0]))
     if missing:
@@ -539,7 +589,7 @@ def _read_split_lists(folder: Path, names: ImageNames) -> dict[str, set[str]]:
         return {}
     lists = {}
     for split, file in files.items():
-        lines = [line.strip() for line in _read_text(file).splitlines() if line.strip()]
+        lines = [line.strip() for line in _open_text(file) if line.strip()]
         found = {line: names.find(line) or Path(line).as_posix() for line in lines}
         lists[split] = set(found.values())
     _check_disjoint(lists, files)

@@ -73,6 +73,8 @@ ENCODE_PIXELS = 64 * 384**2
 INDEX_FORMAT = 2
 SCORES_PER_BLOCK = 2**24  # of a ranking: 64 MB of float32
 GROUP = 64  # scores of which `_candidates` compares the maximum first
+MAX_QUERIES = 1024  # that are ranked together
+MAX_MATCHES = 2**17  # of queries that are ranked together
 # Nearest neighbor normalization; chosen on the dev split of Flickr8k (tests/benchmarks/RESULTS.md).
 NNN_K = 16  # nearest references, of at least MIN_REFERENCES
 NNN_ALPHA = 0.75  # weight of the bias
@@ -255,50 +257,68 @@ def top_matches(queries: Tensor, images: Tensor, n: int) -> tuple[Tensor, Tensor
     of images, both (Q, min(n, N)), largest first. Images are ranked in blocks, so that memory does
     not grow with their number.
     """
-    query_array, image_array = queries.numpy(), images.numpy()
-    best_scores = np.empty((len(queries), 0), np.float32)
-    best_indices = np.empty((len(queries), 0), np.int64)
-    block_size = GROUP * math.ceil(SCORES_PER_BLOCK / GROUP / len(queries))
+    n = min(n, len(images))
+    most = max(1, min(MAX_QUERIES, MAX_MATCHES // n))
+    parts = [_top_matches(part.numpy(), images.numpy(), n) for part in queries.split(most)]
+    scores, indices = (torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*parts))
+    return scores, indices
+
+
+def _top_matches(queries: np.ndarray, images: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """As `top_matches`, for so few queries that a block has enough images."""
+    num_queries = len(queries)
+    best_scores = np.full((num_queries, n), -np.inf, np.float32)
+    best_indices = np.zeros((num_queries, n), np.int64)
+    block_size = GROUP * math.ceil(SCORES_PER_BLOCK / GROUP / num_queries)
+    buffer = np.empty((block_size, num_queries), np.float32)
     for start in range(0, len(images), block_size):
-        scores = query_array @ image_array[start : start + block_size].T  # (Q, D) @ (D, b)
-        candidates = _candidates(scores, n)  # (Q, c)
-        scores = np.take_along_axis(scores, candidates, axis=1)
+        block = images[start : start + block_size]  # (b, D)
+        scores = buffer[: GROUP * math.ceil(len(block) / GROUP)]
+        scores[len(block) :] = -np.inf  # fills the last group
+        _inner_products(block, queries, out=scores[: len(block)])
+        row, query = _candidates(scores, n, best_scores[:, -1])  # (c,) each
         # Merge the block's best with the best of the blocks before.
-        scores, indices = _topk(scores, start + candidates, n)
-        best_scores, best_indices = _topk(
-            np.hstack([best_scores, scores]), np.hstack([best_indices, indices]), n
-        )
-    order = np.argsort(-best_scores, axis=1)
-    best_scores = np.take_along_axis(best_scores, order, axis=1)
-    best_indices = np.take_along_axis(best_indices, order, axis=1)
-    return torch.from_numpy(best_scores), torch.from_numpy(best_indices)
+        score = np.concatenate([scores[row, query], best_scores.ravel()])
+        index = np.concatenate([start + row, best_indices.ravel()])
+        query = np.concatenate([query, np.repeat(np.arange(num_queries), n)])
+        order = np.lexsort((score, query))  # each query's candidates, largest last
+        end = np.searchsorted(query[order], np.arange(num_queries), side="right")
+        order = order[end[:, None] - 1 - np.arange(n)]  # (Q, n)
+        best_scores, best_indices = score[order], index[order]
+    return best_scores, best_indices
 
 
-def _candidates(scores: np.ndarray, n: int) -> np.ndarray:
-    """Columns (Q, c) of `scores` (Q, b) that contain each row's n largest, in no order.
+def _inner_products(images: np.ndarray, queries: np.ndarray, out: np.ndarray) -> None:
+    """(b, D) @ (D, Q) -> `out` (b, Q)."""
+    if len(queries) > 1 or not hasattr(np, "vecdot"):  # NumPy 1 has none
+        np.matmul(images, queries.T, out=out)
+    else:  # BLAS takes up to three times as long for one query
+        np.vecdot(images, queries[0], out=out[:, 0])
 
-    Columns form groups of 64. Every top-n score lies in one of the n groups with the largest
-    maxima, and the maxima of all groups are found faster than the n largest scores.
+
+def _candidates(scores: np.ndarray, n: int, bound: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns (c,) of `scores` (b, Q) that contain each column's n largest, in no order.
+
+    Scores below the column's `bound` (Q,) may be left out. The rows form groups of 64. Every top-n
+    score lies in one of the n groups with the largest maxima and is not less than the least of
+    these maxima, and the maxima of all groups are found faster than the n largest scores.
     """
     num_rows, num_columns = scores.shape
-    num_groups = num_columns // GROUP
-    if num_groups <= n:
-        return np.broadcast_to(np.arange(num_columns), scores.shape)
-    # Group g has the columns g, g + num_groups, g + 2 * num_groups, ...
-    grouped = scores[:, : GROUP * num_groups].reshape(num_rows, GROUP, num_groups)
-    maxima = grouped.max(axis=1)  # (Q, num_groups)
-    groups = np.argpartition(maxima, -n, axis=1)[:, -n:]  # (Q, n)
-    members = groups[:, :, None] + num_groups * np.arange(GROUP)  # (Q, n, 64)
-    rest = np.arange(GROUP * num_groups, num_columns)  # in no group
-    rest = np.broadcast_to(rest, (num_rows, len(rest)))
-    return np.hstack([members.reshape(num_rows, -1), rest])
-
-
-def _topk(scores: np.ndarray, indices: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """The n largest scores of each row (Q, b), in no order, and their `indices`."""
-    n = min(n, scores.shape[1])
-    columns = np.argpartition(scores, -n, axis=1)[:, -n:]
-    return np.take_along_axis(scores, columns, axis=1), np.take_along_axis(indices, columns, axis=1)
+    grouped = scores.reshape(GROUP, -1, num_columns)  # group g has the rows g, g + num_groups, ...
+    num_groups = grouped.shape[1]
+    if num_groups < n:
+        n = min(n, num_rows)
+        rows = np.argpartition(scores, -n, axis=0)[-n:]  # (n, Q)
+        return rows.ravel(), np.tile(np.arange(num_columns), n)
+    maxima = grouped.max(axis=0)  # (num_groups, Q)
+    groups = np.argpartition(maxima, -n, axis=0)[-n:]  # (n, Q)
+    maxima = np.take_along_axis(maxima, groups, axis=0)
+    bound = np.maximum(bound, maxima[0])  # the least of the n
+    rank, column = np.nonzero(~(maxima < bound))  # not >=, because of NaN
+    group = groups[rank, column]  # (g,)
+    members = grouped[:, group, column]  # (64, g)
+    member, hit = np.nonzero(~(members < bound[column]))
+    return group[hit] + num_groups * member, column[hit]
 
 
 # ---------------------------------------------------------------- metrics

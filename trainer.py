@@ -606,7 +606,8 @@ def same_folder(one: Path, other: Path) -> bool:
 def load_splits(config: Config, dist: Distributed) -> dict[str, Split]:
     """The splits of the data folder, which is downloaded or generated first if it may be.
 
-    The header of every image is read, so that a broken one is named before the first step. Raises
+    The header of every image is read, so that a broken one is named before the first step, except
+    when a run is resumed, whose images must be those that were read at its start. Raises
     `UserError` for it, and for fewer training images than a batch.
     """
     dist.main_process_first(lambda: prepare_data_dir(config))
@@ -616,10 +617,12 @@ def load_splits(config: Config, dist: Distributed) -> dict[str, Split]:
         raise UserError(
             f"--batch-size {config.batch_size}: the training split has only {num_images} images"
         )
-    paths = [path for split in splits.values() for path in split.paths]
-    for path in progress(paths, "checking images", leave=False):
-        with open_image(path):
-            pass
+    if config.resume and not config.allow_changed_data:
+        return splits
+    for name, split in splits.items():
+        for path in progress(split.paths, f"checking {name} images", leave=False):
+            with open_image(path):
+                pass
     return splits
 
 
@@ -699,7 +702,7 @@ def data_digest(splits: dict[str, Split]) -> dict[str, dict[str, Any]]:
             "images": len(split.paths),
             "captions": len(split.texts),
             "image names": _hash([path.name for path in split.paths]),
-            "texts": _hash(split.captions),
+            "texts": _hash(list(split.captions)),
         }
     return digest
 

@@ -4,6 +4,7 @@ import csv
 import io
 import itertools
 import json
+import pickle
 import re
 import tempfile
 import threading
@@ -32,6 +33,7 @@ from data import (
     SHAPES,
     SIZES,
     SPLITS,
+    PackedList,
     Split,
     check_data_dir,
     download_flickr8k,
@@ -657,6 +659,24 @@ def test_read_splits_rejects_image_in_two_splits(tmp_path: Path):
     assert "a.jpg" in message
     assert "train" in message
     assert "testImages.txt" in message
+
+
+@given(st.lists(st.text(st.characters())))
+def test_packed_list_equals_the_list(texts: list[str]):
+    """Also of texts with lone surrogates, as in file names that are not UTF-8, and pickled."""
+    packed = pickle.loads(pickle.dumps(PackedList(texts, str)))
+    assert packed == texts
+    assert packed[1:] == texts[1:]
+    assert [packed[i] for i in range(-len(texts), 0)] == texts
+    with pytest.raises(IndexError):
+        packed[len(texts)]
+
+
+def test_read_splits_keeps_no_list_of_strings(tmp_path: Path):
+    """A forked worker would copy it."""
+    folder = write_files(kaggle_layout(tmp_path), split_lists(LISTS))
+    for split in read_splits(folder).values():
+        assert type(split.paths) is type(split.captions) is PackedList
 
 
 def test_read_splits_rejects_two_spellings_of_one_name_in_two_splits(tmp_path: Path):

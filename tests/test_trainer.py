@@ -750,6 +750,19 @@ def test_load_splits_rejects_an_image_with_a_broken_header(workdir, own_shapes, 
     assert names_in(workdir) == ["own"]
 
 
+def test_resume_reads_no_headers_of_the_images_that_the_run_started_with(
+    trained, workdir, own_shapes, capsys
+):
+    """A million of them take a minute. Other data, which must be allowed, is checked."""
+    shutil.copytree(trained, workdir / "runs/demo")
+    flags = ["--resume", "runs/demo/last.pt", "--data-dir", "own"]
+    path = read_splits(own_shapes)["train"].paths[-1]
+    path.write_bytes(b"not an image" * 20)
+    main(flags)
+    assert "all 2 epochs are done" in capsys.readouterr().out
+    assert str(path.relative_to(workdir)) in error_message(main, *flags, "--allow-changed-data")
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_truncated_image_stops_training_with_its_path(workdir, own_shapes, workers):
     """Its header is intact, so that it is found when it is loaded."""
