@@ -60,7 +60,7 @@ def test_little_shared_memory_lowers_the_workers(options: str, workdir: Path, sh
     search = ["inference.py", "--weights", "runs/demo/best.pt", "--images", shapes / "Images"]
     for name, *arguments in (train, search):
         command = [*prefix, sys.executable, ROOT / name, *arguments, *workers]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
         assert "0 DataLoader workers instead of 2" in done.stdout
         assert (done.returncode, done.stderr) == (0, "")
 
@@ -90,7 +90,7 @@ def test_blocked_workers_are_one_line_and_do_not_remain(
         arguments = ["--weights", checkpoint, "--images", images]
     command = [sys.executable, "-c", STOPPED, ROOT, *arguments, "--num-workers", "2"]
     # It returns when all processes that have its standard error, the workers too, have ended.
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 1
     assert done.stderr.startswith("error: the DataLoader workers are blocked")
     assert done.stderr.count("\n") == 1
