@@ -124,27 +124,12 @@ def main(argv: list[str] | None = None) -> None:
 def resumed_config(argv: list[str] | None, checkpoint: Checkpoint, path: str) -> Config:
     """The settings of the checkpoint, with those that may change from the command line.
 
-    From a checkpoint outside of `runs`, which may come from anyone, those of the machine are not
-    taken. Raises `UserError` for one without training state, for any other setting, and if
+    Raises `UserError` for a checkpoint without training state, for any other setting, and if
     `--data-dir` is needed.
     """
     if checkpoint.training is None:
         raise UserError(f"--resume {path}: has no training state; resume from a run's last.pt")
-    # A checkpoint from a stranger does not choose where data is downloaded from.
-    saved = replace(
-        checkpoint.config,
-        resume=path,
-        download_url=Config.download_url,
-        allow_changed_data=False,
-    )
-    run_dir = Path(os.path.abspath(path)).parent
-    if run_dir.parent == Path("runs").absolute():  # a run is resumed where it is
-        saved = replace(saved, name=run_dir.name)
-    else:
-        data_dir = "" if leads_outside(saved.data_dir) else saved.data_dir
-        saved = replace(
-            saved, data_dir=data_dir, num_workers=Config.num_workers, device=Config.device
-        )
+    saved = saved_config(checkpoint.config, path)
     config = parse(Config, argv, default=saved)
     fixed = [field.name for field in fields(Config) if field.name not in MAY_CHANGE_ON_RESUME]
     check_unchanged(config, saved, fixed)
@@ -161,6 +146,21 @@ def resumed_config(argv: list[str] | None, checkpoint: Checkpoint, path: str) ->
     elif epochs_done == config.epochs:
         print(f"resume: all {epochs_done} epochs are done; a larger --epochs trains longer")
     return config
+
+
+def saved_config(config: Config, path: str) -> Config:
+    """The settings of the checkpoint at `path` that a resume takes.
+
+    A checkpoint from a stranger does not choose where data is downloaded from. Unless it is in a
+    folder of `runs`, it chooses neither the device, nor the number of workers, nor a data folder
+    outside of the current folder, which is then empty.
+    """
+    saved = replace(config, resume=path, download_url=Config.download_url, allow_changed_data=False)
+    run_dir = Path(os.path.abspath(path)).parent
+    if run_dir.parent == Path("runs").absolute():  # a run is resumed where it is
+        return replace(saved, name=run_dir.name)
+    data_dir = "" if leads_outside(saved.data_dir) else saved.data_dir
+    return replace(saved, data_dir=data_dir, num_workers=Config.num_workers, device=Config.device)
 
 
 def initialized_config(argv: list[str] | None, checkpoint: Checkpoint, path: str) -> Config:
