@@ -74,7 +74,6 @@ def main() -> None:
     parser.add_argument("--data-dir", help="folder of Flickr8k; default: generated images")
     parser.add_argument("--num-workers", type=int, help="DataLoader workers; default: 14")
     options = parser.parse_args()
-    source = list_images(Path(options.data_dir).absolute()) if options.data_dir else []
     sizes = CPU if options.device == "cpu" else GPU
     config = replace(sizes.config, device=options.device)
     if options.num_workers is not None:
@@ -83,8 +82,9 @@ def main() -> None:
     started = time.perf_counter()
     print("| what | measured | target |\n| --- | --- | --- |", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
         with redirect_stdout(sys.stderr):
+            source = list_images(Path(options.data_dir).absolute()) if options.data_dir else []
+            os.chdir(folder)
             save_data_set(sizes, source)
             run = trainer.setup(config, None)
             run.run_dir.mkdir(parents=True)
@@ -254,6 +254,7 @@ def chunks(run: trainer.Run, sizes: Sizes) -> Iterator[Row]:
     for batch_size in sizes.chunked_batches:
         run.config = replace(run.config, batch_size=batch_size, chunk_size=chunk_size)
         batch = random_batch(batch_size, chunk_size, size)
+        trainer.train_step(run, batch)  # warms up
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         speed = batch_size / seconds_of(partial(trainer.train_step, run, batch), device)
