@@ -290,10 +290,11 @@ def _top_matches(queries: np.ndarray, images: np.ndarray, n: int) -> tuple[np.nd
 
 def _inner_products(images: np.ndarray, queries: np.ndarray, out: np.ndarray) -> None:
     """(b, D) @ (D, Q) -> `out` (b, Q)."""
-    if len(queries) > 1 or not hasattr(np, "vecdot"):  # NumPy 1 has none
+    if len(queries) > 4 or not hasattr(np, "vecdot"):  # NumPy 1 has none
         np.matmul(images, queries.T, out=out)
-    else:  # BLAS takes up to three times as long for one query
-        np.vecdot(images, queries[0], out=out[:, 0])
+    else:  # a matrix product takes up to three times as long for one query
+        for column, query in enumerate(queries):
+            np.vecdot(images, query, out=out[:, column])
 
 
 def _candidates(scores: np.ndarray, n: int, bound: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

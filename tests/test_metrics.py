@@ -238,6 +238,7 @@ def test_top_matches_are_exact_for_any_block_size(
     n: int, num_images: int, scores_per_block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inference, "SCORES_PER_BLOCK", scores_per_block)
+    monkeypatch.setattr(inference, "MAX_QUERIES", 2)  # of the three
     images = torch.randn(num_images, 16, generator=torch.Generator().manual_seed(n))
     scores, indices = top_matches(images[:3], images, n)
     expected_scores, expected_indices = (images[:3] @ images.T).sort(descending=True)
