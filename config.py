@@ -48,7 +48,7 @@ class UserError(Exception):
 
 
 def printable(text: object) -> str:
-    """The text in one line, with control characters escaped, such as \\x1b.
+    """The text in one line of UTF-8, with control characters escaped, such as \\x1b.
 
     For names and texts from files, which anyone may have written, where they are printed.
     """
