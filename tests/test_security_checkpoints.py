@@ -12,6 +12,8 @@ import pickletools
 import random
 import re
 import shutil
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,7 +22,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONFIG, build, error_message
+from conftest import CONFIG, ROOT, build, error_message
 from torch import Tensor, nn
 
 import trainer
@@ -603,6 +605,51 @@ def test_resume_takes_rates_and_steps_from_the_settings(
         for index, state in run.optimizer.state_dict()["state"].items():
             for name, value in state.items():
                 assert torch.equal(value, saved["optimizer"]["state"][index][name])
+
+
+# ---------------------------------------------------------------- memory
+
+# Prints the memory in MB that hostile.pt takes at its peak, in addition to that of a valid file.
+MEASURE = """
+import resource, sys
+sys.path.insert(0, {root!r})
+from config import UserError
+from models import load_checkpoint, load_clip
+
+load_clip(load_checkpoint("valid.pt"))  # imports what is needed
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    load_clip(load_checkpoint("hostile.pt"))
+    print("accepted", file=sys.stderr)
+except UserError as error:
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+def set_history_of_lists(content: dict) -> None:
+    content["history"] = [[] for _ in range(900_000)]
+
+
+def set_large_vocabulary(content: dict) -> None:
+    tokenizer = json.loads(content["tokenizer"])
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary |= {f"w{i}": i for i in range(len(vocabulary), 900_000)}
+    content["tokenizer"] = json.dumps(tokenizer)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the unit is that of Linux")
+@pytest.mark.parametrize("change", [set_history_of_lists, set_large_vocabulary])
+def test_hostile_checkpoint_takes_bounded_memory(
+    change: Callable, checkpoint_path: Path, workdir: Path
+) -> None:
+    """At most 500 MB and twice the size of the file, before it is rejected."""
+    shutil.copy(checkpoint_path, "valid.pt")
+    hostile = modified(checkpoint_path, change, Path("hostile.pt"))
+    command = [sys.executable, "-c", MEASURE.format(root=str(ROOT))]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert process.stderr == ""
+    assert float(process.stdout) < 500 + 2 * hostile.stat().st_size / 2**20
 
 
 # ---------------------------------------------------------------- mutated files
