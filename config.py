@@ -173,7 +173,7 @@ class SearchConfig:
     output: Path = Path("matches.png")  # .png, .jpg, .pdf or .svg for a figure, .csv for a table
     evaluate: bool = False  # print the recalls on the data set's test split
     serve: bool = False  # open a page to search with in a browser; requires gradio
-    host: str = "127.0.0.1"  # address of that page; the default is reachable from here only
+    host: str = "127.0.0.1"  # address of that page; the default is reachable from this machine only
     port: int = 7860  # port of that page
     nnn: bool = True  # correct the scores of hubs, images that are near to every query
     num_workers: int = -1  # DataLoader workers; -1: none on the CPU, one per core on a GPU
@@ -298,9 +298,9 @@ def cli_errors(main: Callable[..., None]) -> Callable[..., None]:
             cause = _known_cause(error)
             if cause is None:
                 raise
-            if TIMED_OUT in str(error):
+            if str(error).startswith(TIMED_OUT):
                 _kill_workers()
-            sys.unraisablehook = lambda _: None  # torch prints another one of a loader half built
+            sys.unraisablehook = lambda _: None  # a half-built DataLoader would print another error
             sys.exit(f"error: {cause}")
         except (KeyboardInterrupt, EOFError):  # EOF: a stopped worker has closed its pipe
             sys.exit("stopped")
@@ -331,7 +331,7 @@ def _known_cause(error: Exception) -> str | None:
         return f"{printable(error.filename)}: {error.strerror}"
     limits = "Too many open files|received 0 items of ancdata|can't start new thread"
     if number in OS_ERRORS or re.search(limits, message):
-        return f"the system refuses; if it is about DataLoader workers, try --num-workers 0: {line}"
+        return f"a limit of the system was reached; try --num-workers 0: {line}"
     return None
 
 

@@ -84,7 +84,7 @@ CaptionParser = Callable[[Path], Iterator[CaptionRow | UserError]]  # an error f
 def _open_text(path: Path, newline: str = "") -> TextIO:
     """The text of a UTF-8 file, with or without a byte-order mark, or of a UTF-16 file with one.
 
-    It is decoded while it is read, because the text of a large file can take four times its size.
+    It is decoded line by line: the text of a large file as one string can take four times its size.
     """
     if not path.is_file():  # opening a named pipe would block
         raise UserError(f"{path}: No such file")
@@ -92,7 +92,7 @@ def _open_text(path: Path, newline: str = "") -> TextIO:
         content = path.read_bytes()
         is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         encoding = "utf-16" if is_utf16 else "utf-8-sig"
-        content.decode(encoding)
+        content.decode(encoding)  # raises for bytes that are not text
         return io.TextIOWrapper(io.BytesIO(content), encoding, newline=newline)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
@@ -218,7 +218,7 @@ def _read_karpathy(path: Path) -> Iterator[CaptionRow]:
     By Karpathy and Fei-Fei (arXiv 1412.2306); the field trains on "restval" too.
     """
     number = 0
-    gc.disable()  # else half of the time goes into visiting the dicts of the file again and again
+    gc.disable()  # else it visits the dicts of the file again and again
     try:
         content = json.load(_open_text(path))
         for number, image in enumerate(content["images"]):
@@ -433,8 +433,8 @@ def _loose(path: str) -> str:
 class PackedList(Sequence):
     """A list of which item i is `unpack(texts[i])`, as one buffer of text that processes share.
 
-    A forked DataLoader worker would copy a list of strings: reading one changes its count of
-    references.
+    A forked DataLoader worker would copy a list of strings: reading one changes its reference
+    count.
     """
 
     def __init__(self, texts: Iterable[str], unpack: Callable[[str], Any]) -> None:
@@ -457,7 +457,7 @@ class PackedList(Sequence):
         return self.unpack(text.decode(errors="surrogatepass"))
 
     def __eq__(self, other: object) -> bool:
-        return list(self) == list(other)
+        return isinstance(other, Sequence) and list(self) == list(other)
 
 
 @dataclass(frozen=True)
@@ -533,8 +533,8 @@ def _captions_by_image(
 ) -> tuple[dict[str, str], dict[str, set[str]]]:
     """The captions of each image, and the images of each split if the caption file defines them.
 
-    The captions are joined by line breaks, of which they have none.
-    Images are named as in `ImageNames.find`. Flickr8k itself has five captions of an image that is
+    The captions are joined by line breaks, of which they have none. Images are named as in
+    `ImageNames.find`. Flickr8k itself has five captions of an image that is
     not in its archive.
     """
     captions: dict[str, str] = {}
@@ -645,7 +645,7 @@ def prepare_data_dir(config: Config) -> None:
 def download_flickr8k(folder: Path, base_url: str) -> None:
     """Downloads and unpacks both archives. `folder` appears only when all of it is complete.
 
-    Raises `UserError` with the URL and the ways out for any failure, and removes what it wrote.
+    Raises `UserError` with the URL and the alternatives for any failure, and removes what it wrote.
     """
     print(f"data: {folder} is absent; downloading Flickr8k (1.1 GB, non-commercial research only)")
     with _staging_dir(folder) as staging:
@@ -696,18 +696,21 @@ def _download(url: str, path: Path) -> None:
 def _staging_dir(folder: Path) -> Iterator[Path]:
     """An empty folder to fill. It becomes `folder`, which is therefore never incomplete.
 
-    Of several processes that fill one at the same time, the first one's is kept. Raises `UserError`
-    if it cannot be written.
+    Of several processes of this machine that fill one at the same time, the first one's is kept.
+    Raises `UserError` if it cannot be written.
     """
     staging = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    remove_leftovers(folder.parent, f"{folder.name}.*.tmp")
+    for leftover in _leftovers(folder.parent):
+        if leftover.name.startswith(f"{folder.name}."):
+            shutil.rmtree(leftover, ignore_errors=True)
     shutil.rmtree(staging, ignore_errors=True)  # of a killed process with the same id
     try:
         staging.mkdir(parents=True)
         yield staging
-        if not folder.exists():
-            staging.rename(folder)
+        staging.rename(folder)
     except OSError as error:
+        if folder.exists():  # another process was first
+            return
         raise UserError(f"{folder}: cannot be created: {error.strerror or error}") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -1062,9 +1065,9 @@ class ImageCaptionDataset(Dataset):
 class EpochBatchSampler(Sampler):
     """Batches of indices of an `ImageCaptionDataset`, of all `epochs` one after the other.
 
-    So DataLoader workers do not wait between two epochs. The order depends on (seed, epoch). With
-    several processes each takes its own part of every batch. The last incomplete batch of an epoch
-    is dropped.
+    One iterator then serves all epochs, and DataLoader workers do not wait between two. The order
+    depends on (seed, epoch). With several processes each takes its own part of every batch. The
+    last incomplete batch of an epoch is dropped.
     """
 
     def __init__(
@@ -1210,11 +1213,11 @@ def _caption_id(caption: str) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-@functools.cache  # its line is printed once, not in each epoch
+@functools.cache  # its line is printed once for equal loaders
 def limit_workers(num_workers: int, batch_bytes: int) -> int:
-    """At most the number of DataLoader workers whose batches fit into the free shared memory.
+    """The number of DataLoader workers, or fewer whose batches fit into the free shared memory.
 
-    In a container it often has 64 MB only, and workers that find it full block for ever.
+    A container often has 64 MB of it, and workers that find it full block forever.
     """
     if num_workers == 0 or not SHARED_MEMORY.is_dir():
         return num_workers
@@ -1222,14 +1225,14 @@ def limit_workers(num_workers: int, batch_bytes: int) -> int:
     free = shutil.disk_usage(SHARED_MEMORY).free if is_writable else 0
     # Half is left to other loaders: that of training keeps its batches during validation.
     num_batches = free // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) // batch_bytes
-    most = max(0, num_batches // 2 - 1)  # each worker prefetches 2 batches, and 2 are in use
-    if most >= num_workers:
+    max_workers = max(0, num_batches // 2 - 1)  # each prefetches 2 batches, and 2 are in use
+    if max_workers >= num_workers:
         return num_workers
     print(
-        f"{SHARED_MEMORY} has {free / 2**20:,.0f} MB free: {most} DataLoader workers instead of "
-        f"{num_workers} (docker run --shm-size=8g gives it more)"
+        f"{SHARED_MEMORY} has {free / 2**20:,.0f} MB free: {max_workers} DataLoader workers "
+        f"instead of {num_workers} (docker run --shm-size=8g gives it more)"
     )
-    return most
+    return max_workers
 
 
 def build_loader(
@@ -1306,13 +1309,21 @@ def leads_outside(path: str) -> bool:
     return Path(path).anchor != "" or ".." in Path(path).parts
 
 
-def remove_leftovers(folder: Path, pattern: str = "*.tmp") -> None:
-    """Removes temporary files and folders whose process was killed on this machine."""
-    for path in folder.glob(pattern):
-        pid = path.suffixes[-2:][0].removeprefix(".")
-        if pid.isdigit() and not _is_running(int(pid)):
-            with suppress(OSError):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+def remove_leftovers(folder: Path) -> None:
+    """Removes temporary files of `atomic_write` whose process was killed on this machine."""
+    for path in _leftovers(folder):
+        with suppress(OSError):  # such as a folder of that name
+            path.unlink()
+
+
+def _leftovers(folder: Path) -> list[Path]:
+    """The files and folders in `folder` named NAME.PID.tmp after a process that has ended."""
+    leftovers = []
+    for path in folder.glob("*.tmp"):
+        named = re.fullmatch(r".+\.([0-9]+)\.tmp", path.name)
+        if named and not _is_running(int(named[1])):
+            leftovers.append(path)
+    return leftovers
 
 
 def _is_running(pid: int) -> bool:

@@ -73,8 +73,8 @@ ENCODE_PIXELS = 64 * 384**2
 INDEX_FORMAT = 2
 SCORES_PER_BLOCK = 2**24  # of a ranking: 64 MB of float32
 GROUP = 64  # scores of which `_candidates` compares the maximum first
-MAX_QUERIES = 1024  # that are ranked together
-MAX_MATCHES = 2**17  # of queries that are ranked together
+MAX_QUERIES = 1024  # per matrix product
+MAX_MATCHES = 2**17  # queries times n, per matrix product
 # Nearest neighbor normalization; chosen on the dev split of Flickr8k (tests/benchmarks/RESULTS.md).
 NNN_K = 16  # nearest references, of at least MIN_REFERENCES
 NNN_ALPHA = 0.75  # weight of the bias
@@ -149,7 +149,7 @@ def encode_images(
     device: torch.device,
     loader: DataLoader | None = None,
 ) -> tuple[Tensor, dict[int, UserError]]:
-    """Encodes image files, those of `loader` if one is passed that was built for `paths`.
+    """Encodes the image files `paths`; a `loader`, if passed, must be one of the same paths.
 
     Returns unit vectors (R, D) on the CPU of the R readable files, in the order of `paths`, and
     the error of each other file by its index in `paths`. The vectors stay on the device until all
@@ -258,8 +258,8 @@ def top_matches(queries: Tensor, images: Tensor, n: int) -> tuple[Tensor, Tensor
     not grow with their number.
     """
     n = min(n, len(images))
-    most = max(1, min(MAX_QUERIES, MAX_MATCHES // n))
-    parts = [_top_matches(part.numpy(), images.numpy(), n) for part in queries.split(most)]
+    max_queries = max(1, min(MAX_QUERIES, MAX_MATCHES // max(1, n)))
+    parts = [_top_matches(part.numpy(), images.numpy(), n) for part in queries.split(max_queries)]
     scores, indices = (torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*parts))
     return scores, indices
 
@@ -761,7 +761,7 @@ class Searcher:
         place = "not here" if self.trusts_data_dir else "outside of the current folder"
         raise UserError(
             f"{data_dir}, the data set of the training, is {place}; "
-            f"pass --data-dir to read it, or --images to search another folder"
+            "pass --data-dir to read it, or --images to search another folder"
         )
 
 
@@ -979,7 +979,8 @@ def build_layout(page: Page, n: int) -> Any:
             preview = gr.Image(
                 label="query", format="jpeg", height=160, interactive=False, buttons=[]
             )
-        return vector, file.upload(shown(page.upload), file, [file, preview, vector])
+        cleared = file.upload(lambda: (None, None), None, [preview, vector])  # of the last upload
+        return vector, cleared.then(shown(page.upload), file, [file, preview, vector])
 
     latest = {"trigger_mode": "always_last", "queue": False}  # the queue would add 50 ms
     with gr.Blocks(title="Search images", analytics_enabled=False) as blocks:
@@ -1011,7 +1012,8 @@ def serve(searcher: Searcher, config: SearchConfig) -> None:
     Raises `UserError` if gradio is missing or the address cannot be used.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as on Ctrl-C
-    with tempfile.TemporaryDirectory() as folder:  # of thumbnails, and of uploads until read
+    # The folder is for thumbnails, and for uploads until they are read.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         os.environ.update(GRADIO_TEMP_DIR=folder, GRADIO_EXAMPLES_CACHE=folder)
         os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_RUN_HISTORY="False")
         try:
@@ -1023,6 +1025,8 @@ def serve(searcher: Searcher, config: SearchConfig) -> None:
         except OSError as error:
             message = f"--host {config.host} --port {config.port}: {error.strerror}"
             raise UserError(message) from None
+        if int(gr.__version__.partition(".")[0]) < 6:
+            raise UserError(f"gradio {gr.__version__}: is too old; pip install --upgrade gradio")
         blocks = build_layout(Page(searcher, config.images), config.n)
         blocks.launch(
             server_name=config.host,

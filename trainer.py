@@ -322,6 +322,7 @@ class Run:
     ddp_model: nn.Module  # `model` itself if there is one process
     tokenizer: Tokenizer
     splits: dict[str, Split]
+    data: dict[str, dict[str, Any]]  # the digest of the splits
     loader: DataLoader  # of the training batches of all epochs that remain
     dev_loader: DataLoader  # of the dev images
     optimizer: torch.optim.Optimizer
@@ -548,6 +549,7 @@ def setup(config: Config, checkpoint: Checkpoint | None) -> Run:
         ddp_model=ddp_model,
         tokenizer=tokenizer,
         splits=splits,
+        data=data_digest(splits),
         loader=loader,
         dev_loader=dev_loader,
         optimizer=optimizer,
@@ -583,9 +585,12 @@ def setup_model_and_data(
     """The model of a checkpoint, of pretrained encoders or from scratch; and the splits."""
     if checkpoint:
         splits = load_splits(config, dist)
-        if config.resume:
-            check_data_unchanged(checkpoint.training.data, splits, config)
-        else:  # --init-from: the new run has its own dropout and stochastic depth
+        digest = checkpoint.training.data if config.resume else None
+        if digest and not config.allow_changed_data:
+            check_data_unchanged(digest, splits, config)
+        else:
+            check_images(splits)
+        if config.init_from:  # the new run has its own dropout and stochastic depth
             checkpoint = replace(checkpoint, config=config)
         return load_clip(checkpoint), checkpoint.tokenizer, splits
     if config.pretrained:
@@ -593,8 +598,11 @@ def setup_model_and_data(
         names = printable(f"{config.text_encoder} and {config.image_encoder}")
         print(f"model: loading the pretrained {names}")
         model, tokenizer = build_clip(config)
-        return model, tokenizer, load_splits(config, dist)
+        splits = load_splits(config, dist)
+        check_images(splits)
+        return model, tokenizer, splits
     splits = load_splits(config, dist)
+    check_images(splits)
     model, tokenizer = build_clip(config, captions=splits["train"].texts)
     return model, tokenizer, splits
 
@@ -606,9 +614,7 @@ def same_folder(one: Path, other: Path) -> bool:
 def load_splits(config: Config, dist: Distributed) -> dict[str, Split]:
     """The splits of the data folder, which is downloaded or generated first if it may be.
 
-    The header of every image is read, so that a broken one is named before the first step, except
-    when a run is resumed, whose images must be those that were read at its start. Raises
-    `UserError` for it, and for fewer training images than a batch.
+    Raises `UserError` for fewer training images than a batch.
     """
     dist.main_process_first(lambda: prepare_data_dir(config))
     splits = read_splits(config.data_dir)
@@ -617,13 +623,18 @@ def load_splits(config: Config, dist: Distributed) -> dict[str, Split]:
         raise UserError(
             f"--batch-size {config.batch_size}: the training split has only {num_images} images"
         )
-    if config.resume and not config.allow_changed_data:
-        return splits
+    return splits
+
+
+def check_images(splits: dict[str, Split]) -> None:
+    """Reads the header of every image, so that a broken one is named before the first step.
+
+    Not needed when a run is resumed with the data that it was started with.
+    """
     for name, split in splits.items():
         for path in progress(split.paths, f"checking {name} images", leave=False):
             with open_image(path):
                 pass
-    return splits
 
 
 def param_groups(model: CLIP, config: Config) -> list[dict[str, Any]]:
@@ -711,15 +722,8 @@ def _hash(value: list) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def check_data_unchanged(
-    saved: dict[str, Any] | None, splits: dict[str, Split], config: Config
-) -> None:
-    """Raises `UserError` if the splits are not those of the checkpoint, unless that is allowed.
-
-    Pixels are not compared. Older checkpoints do not identify their data.
-    """
-    if saved is None or config.allow_changed_data:
-        return
+def check_data_unchanged(saved: dict[str, Any], splits: dict[str, Split], config: Config) -> None:
+    """Raises `UserError` if the splits are not those of the checkpoint. Pixels are not compared."""
     changes = []
     for name, current in data_digest(splits).items():
         before = saved.get(name) if type(saved.get(name)) is dict else {}
@@ -798,7 +802,7 @@ def open_run_dir(run: Run) -> None:
         run.writer = SummaryWriter(run.run_dir / "events", purge_step=next_step)
     remove_leftovers(run.run_dir)
     if run.config.resume:
-        write_metrics(run)  # a run that was killed has written them of other epochs
+        write_metrics(run)  # it may contain epochs that last.pt lacks
         write_curves(run)
     else:
         save_checkpoint(run)
@@ -810,8 +814,8 @@ def open_run_dir(run: Run) -> None:
 def validate_and_save(run: Run, loss: float, seconds: float) -> None:
     """Ends an epoch: validates, prints a line, and writes the metrics.
 
-    The checkpoints and the figure are written once in `SAVE_SECONDS`, and after the last epoch:
-    writing 1.4 GB takes longer than an epoch of a small data set on a GPU.
+    The checkpoints and the figure are written at most once in `SAVE_SECONDS` seconds, and after the
+    last epoch: writing 1.4 GB takes longer than an epoch of a small data set on a GPU.
     """
     epoch = len(run.history) + 1
     metrics = validate(run.model, run)
@@ -827,7 +831,8 @@ def validate_and_save(run: Run, loss: float, seconds: float) -> None:
     print(f"{progress_text}; dev {format_metrics(metrics)}")
     log_scalars(run, epoch, {f"dev/{name}": value for name, value in metrics.items()})
     if best_epoch(run.history) == epoch:
-        run.best_weights = {name: value.clone() for name, value in run.model.state_dict().items()}
+        weights = run.model.state_dict().items()
+        run.best_weights = {name: value.to("cpu", copy=True) for name, value in weights}
     is_last = epoch == run.config.epochs
     if is_last or time.monotonic() - run.saved_at >= SAVE_SECONDS:
         save_checkpoint(run)
@@ -844,7 +849,7 @@ def checkpoint_of(run: Run) -> dict[str, Any]:
 def save_checkpoint(run: Run) -> None:
     """Writes `best.pt`, if there is a new one, and `last.pt`, with everything needed to resume.
 
-    In this order, so that the best epoch of `last.pt` is always on the disk.
+    In this order, so that `last.pt` names no best epoch that `best.pt` lacks.
     """
     content = checkpoint_of(run)
     if run.best_weights:
@@ -856,7 +861,7 @@ def save_checkpoint(run: Run) -> None:
         "schedule": run.scheduler.state_dict(),  # the name in the file format
         "scaler": run.scaler.state_dict(),
         "history": run.history,
-        "data": data_digest(run.splits),
+        "data": run.data,
     }
     atomic_write(run.run_dir / "last.pt", lambda file: torch.save(content, file))
     run.saved_at = time.monotonic()
