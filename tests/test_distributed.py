@@ -328,10 +328,10 @@ def test_two_processes_print_each_line_once(two_process_run: tuple):
 
 @pytest.mark.slow
 def test_search_loads_a_checkpoint_of_two_processes(
-    two_process_run: tuple, workdir: Path, capsys: pytest.CaptureFixture
+    two_process_run: tuple, workdir: Path, shapes: Path, capsys: pytest.CaptureFixture
 ):
     folder, _ = two_process_run
-    flags = ["--n", "3", "--num-workers", "0", "--device", "cpu"]
+    flags = ["--n", "3", "--num-workers", "0", "--device", "cpu", "--data-dir", str(shapes)]
     inference.main(["--weights", str(folder / "runs/demo/best.pt"), *flags])
     assert capsys.readouterr().out.count(".png") > 3
 

@@ -267,11 +267,13 @@ def test_train_in_a_read_only_folder_is_one_line_error(workdir: Path) -> None:
 
 @slow
 @linux_only
-def test_train_without_writable_shared_memory_names_the_flag(workdir: Path, shapes: Path) -> None:
+def test_train_without_writable_shared_memory_starts_no_worker(workdir: Path, shapes: Path) -> None:
     needs_mounts()
     flags = f"{' '.join(TINY)} --num-workers 2 --data-dir {shapes}"
     command = f"mount -o remount,ro,bind /dev/shm && TRAIN {flags}"
-    assert_one_line(shell(command, *OWN_MOUNTS), "--num-workers 0: [Errno 30] Read-only")
+    done = shell(command, *OWN_MOUNTS)
+    assert done.returncode == 0, done.stderr
+    assert "0 DataLoader workers instead of 2" in done.stdout
 
 
 @slow
