@@ -164,10 +164,10 @@ def test_page_answers_equal_those_of_the_command_line(
     assert ours == {match["query"]: float(match["score"]) for match in matches}
 
 
-def test_page_ranks_as_the_searcher(trained: Path, workdir: Path) -> None:
+def test_page_ranks_as_the_searcher(trained: Path, shapes: Path, workdir: Path) -> None:
     """Without gradio, over the test split of the data set, from an index that is read once."""
     shutil.copy(trained / "best.pt", workdir)
-    searcher = Searcher("best.pt", "cpu", 0)
+    searcher = Searcher("best.pt", "cpu", 0, data_dir=shapes)
     page = Page(searcher, None)
     (matches,) = searcher.search(QUERY, n=3)
     shutil.rmtree("best.index")
