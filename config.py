@@ -167,16 +167,16 @@ class SearchConfig:
     n: int = 8  # number of images to show for each query
     query: UseAppendAction[list[str]] = field(default_factory=list)  # text; - reads stdin lines
     images: Path | None = None  # folder of images to search; default: the data set's test images
-    data_dir: Path | None = None  # folder of the data set; default: where the model was trained
+    data_dir: Path | None = None  # folder of the data set; required if outside the current folder
     like: Path | None = None  # search for images similar to this image file
     image: Path | None = None  # rank the queries, or else the test captions, for this image file
     output: Path = Path("matches.png")  # .png, .jpg, .pdf or .svg for a figure, .csv for a table
     evaluate: bool = False  # print the recalls on the data set's test split
-    serve: bool = False  # open a page to search with in a browser; requires gradio
+    serve: bool = False  # serve a page to search with in a browser; requires gradio 6 or newer
     host: str = "127.0.0.1"  # address of that page; the default is reachable from this machine only
     port: int = 7860  # port of that page
     nnn: bool = True  # correct the scores of hubs, images that are near to every query
-    num_workers: int = -1  # DataLoader workers; -1: none on the CPU, one per core on a GPU
+    num_workers: int = -1  # DataLoader workers; -1: none on the CPU, 4 to 16 (cores) on a GPU
     device: str = "auto"  # auto: cuda, mps or cpu, whichever is there; or a name such as cuda:1
 
     def __post_init__(self) -> None:

@@ -90,8 +90,7 @@ def _open_text(path: Path, newline: str = "") -> TextIO:
         raise UserError(f"{path}: No such file")
     try:
         content = path.read_bytes()
-        is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        encoding = "utf-16" if is_utf16 else "utf-8-sig"
+        encoding = _encoding(content)
         content.decode(encoding)  # raises for bytes that are not text
         return io.TextIOWrapper(io.BytesIO(content), encoding, newline=newline)
     except OSError as error:
@@ -99,6 +98,12 @@ def _open_text(path: Path, newline: str = "") -> TextIO:
     except UnicodeDecodeError as error:
         row = error.object[: error.start].count(b"\n") + 1
         raise UserError(f"{path}, row {row}: not UTF-8; save the file as UTF-8") from None
+
+
+def _encoding(start: bytes) -> str:
+    """The encoding of a text, by its byte-order mark if it has one."""
+    is_utf16 = start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return "utf-16" if is_utf16 else "utf-8-sig"
 
 
 def _find_parser(path: Path) -> CaptionParser | UserError:
@@ -110,8 +115,7 @@ def _find_parser(path: Path) -> CaptionParser | UserError:
             head = file.read(2**16)
     except OSError as error:
         return UserError(f"{path}: {error.strerror}")
-    is_utf16 = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    lines = head.decode("utf-16" if is_utf16 else "utf-8-sig", errors="replace").splitlines()
+    lines = head.decode(_encoding(head), errors="replace").splitlines()
     header = next((line for line in lines if line.strip()), "")
     if path.name.lower() == "flickr8k.token.txt" or TOKEN_LINE.match(header):
         return _read_token_file

@@ -79,7 +79,7 @@ MAX_MATCHES = 2**17  # queries times n, per matrix product
 NNN_K = 16  # nearest references, of at least MIN_REFERENCES
 NNN_ALPHA = 0.75  # weight of the bias
 MAX_REFERENCES = 10_000
-MIN_REFERENCES = 1000  # fewer would hurt
+MIN_REFERENCES = 1000  # 100 hurt, 1,000 help (tests/benchmarks/RESULTS.md)
 THUMBNAIL_SIDE = 300  # pixels
 DARK = 16  # an image whose pixels are all below this, of 255, is nearly black
 
@@ -729,7 +729,7 @@ class Searcher:
 
     def _list_images(self, images: str | Path | None) -> list[Path]:
         if images is None:
-            paths = self.test_split().paths
+            paths = self.test_split.paths
             data_dir = printable(self.config.data_dir)
             print(f"searching the {len(paths):,} test images of {data_dir}")
             return paths
@@ -750,6 +750,7 @@ class Searcher:
         model_id = f"{self.checkpoint.fingerprint} {settings}"
         return EmbeddingIndex(folder, name, model_id, self.config.projection_dim + self.has_bias)
 
+    @cached_property
     def test_split(self) -> Split:
         """The test split of the data set that the model was trained on.
 
@@ -893,7 +894,7 @@ class Page:
         self.index = searcher._index(images)
         examples = [searcher.checkpoint.example_query]
         if images is None:
-            captions = searcher.test_split().captions
+            captions = searcher.test_split.captions
             examples += [texts[0] for texts in captions[:: math.ceil(len(captions) / 3)]]
         self.examples = list(dict.fromkeys(examples))
         _ = searcher.text_tower, searcher.image_tower  # loads them
@@ -1063,7 +1064,7 @@ def read_queries(config: SearchConfig) -> list[str]:
 
 def print_evaluation(searcher: Searcher) -> None:
     """Prints the metrics of the test split, without and with hub correction."""
-    split = searcher.test_split()
+    split = searcher.test_split
     checkpoint = searcher.checkpoint
     model = load_clip(checkpoint).to(searcher.device, memory_format=torch.channels_last)
     references = checkpoint.references if searcher.nnn else None
@@ -1086,7 +1087,7 @@ def main(argv: list[str] | None = None) -> None:
     elif config.evaluate:
         print_evaluation(searcher)
     elif config.image:
-        texts = read_queries(config) or searcher.test_split().texts
+        texts = read_queries(config) or searcher.test_split.texts
         show_probabilities(searcher.classify(config.image, texts, config.n), config.output)
     elif config.like:
         matches = searcher.similar(config.like, config.images, config.n)

@@ -140,6 +140,14 @@ def names_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+def copy_images(shapes: Path, workdir: Path, count: int) -> Path:
+    """The first images of the fixture `shapes` in `images`, a folder in the current directory."""
+    (workdir / "images").mkdir()
+    for source in sorted((shapes / "Images").iterdir())[:count]:
+        shutil.copy(source, workdir / "images")
+    return Path("images")
+
+
 # ---------------------------------------------------------------- small models
 
 
@@ -217,7 +225,4 @@ def checkpoint(trained: Path, workdir: Path) -> Path:
 @pytest.fixture
 def images(shapes: Path, workdir: Path) -> Path:
     """A folder of four images: `images` in the current directory."""
-    (workdir / "images").mkdir()
-    for source in sorted((shapes / "Images").iterdir())[:4]:
-        shutil.copy(source, workdir / "images")
-    return Path("images")
+    return copy_images(shapes, workdir, 4)

@@ -251,18 +251,27 @@ def test_train_and_search_run_with_closed_streams(workdir: Path, shapes: Path) -
 
 @slow
 @linux_only
-def test_demo_on_a_full_disk_is_one_line_error(workdir: Path) -> None:
+@pytest.mark.parametrize(
+    ("mount", "expected"),
+    [
+        pytest.param(
+            "mount -t tmpfs -o size=1m tmpfs .",
+            "data/shapes: cannot be created: No space left",
+            id="full",
+        ),
+        pytest.param(
+            "mount --bind . . && mount -o remount,ro,bind $PWD",
+            "runs/demo: cannot be created: Read-only",
+            id="read-only",
+        ),
+    ],
+)
+def test_demo_in_a_folder_without_space_or_permission_is_one_line_error(
+    mount: str, expected: str, workdir: Path
+) -> None:
     needs_mounts()
-    command = "mount -t tmpfs -o size=1m tmpfs . && cd . && cd $PWD && TRAIN --demo --device cpu"
-    assert_one_line(shell(command, *OWN_MOUNTS), "data/shapes: cannot be created: No space left")
-
-
-@slow
-@linux_only
-def test_train_in_a_read_only_folder_is_one_line_error(workdir: Path) -> None:
-    needs_mounts()
-    command = "mount --bind . . && mount -o remount,ro,bind $PWD && cd $PWD && TRAIN --demo"
-    assert_one_line(shell(command, *OWN_MOUNTS), "runs/demo: cannot be created: Read-only")
+    command = f"{mount} && cd $PWD && TRAIN --demo --device cpu"
+    assert_one_line(shell(command, *OWN_MOUNTS), expected)
 
 
 @slow

@@ -65,7 +65,7 @@ def free_port() -> int:
 def server(folder: Path, *flags: object) -> Iterator[tuple[subprocess.Popen, int]]:
     """The process of a page and its port; its standard error is the file `stderr` in `folder`."""
     require("gradio")
-    (folder / "tmp").mkdir(exist_ok=True)
+    (folder / "scratch").mkdir(exist_ok=True)
     port = free_port()
     arguments = ["--weights", "w.pt", "--serve", "--port", port, *FLAGS, *flags]
     with (
@@ -73,7 +73,7 @@ def server(folder: Path, *flags: object) -> Iterator[tuple[subprocess.Popen, int
         subprocess.Popen(
             [sys.executable, "-u", "-c", SERVER, *map(str, arguments)],
             cwd=folder,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(folder / "tmp")},
+            env=os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(folder / "scratch")},
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
@@ -175,7 +175,7 @@ def test_page_ranks_as_the_searcher(trained: Path, shapes: Path, workdir: Path) 
     assert paths == [match.path for match in matches]
     assert [caption.split()[1] for _, caption in items] == [f"{m.score:.3f}" for m in matches]
     assert page.examples[0] == searcher.checkpoint.example_query
-    assert set(page.examples) <= set(searcher.test_split().texts)
+    assert set(page.examples) <= set(searcher.test_split.texts)
     assert len(page.examples) >= 3
     assert not Path("best.index").exists()
 
@@ -200,7 +200,7 @@ def test_page_serves_thumbnails_and_no_other_file(client: object, port: int, fol
     to_root = "/".join([".."] * 12)
     files = [folder / "images" / "notes.txt", folder / "images" / "00003.png", folder / "w.pt"]
     files += ["/etc/passwd", "images/notes.txt", "w.pt", "./w.pt", thumbnail.parent]
-    files += [f"{thumbnail.parent}/{to_root}/etc/passwd", f"{folder}/tmp/../images/notes.txt"]
+    files += [f"{thumbnail.parent}/{to_root}/etc/passwd", f"{folder}/scratch/../images/notes.txt"]
     for file in files:
         for name in (str(file), quote(str(file), safe="")):
             assert status(port, f"/gradio_api/file={name}") in (403, 404), name
@@ -214,7 +214,7 @@ def test_page_takes_no_file_of_this_machine_as_an_upload(port: int, folder: Path
     """It would be shown, and deleted."""
     (folder / "mine.png").write_bytes((folder / "images" / "00003.png").read_bytes())
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
-    for path in (folder / "mine.png", "mine.png", f"{folder}/tmp/../mine.png"):
+    for path in (folder / "mine.png", "mine.png", f"{folder}/scratch/../mine.png"):
         file = {"path": str(path), "meta": {"_type": "gradio.FileData"}}
         headers = {"Content-Type": "application/json"}
         url = "/gradio_api/call/upload"
@@ -249,7 +249,7 @@ def test_page_deletes_uploads_and_reads_them_as_any_image(client: object, folder
     with pytest.raises(Exception, match="empty"):
         client.predict(" ", 3, api_name="/search")
     assert len(client.predict(QUERY, 3, api_name="/search")) == 3
-    kept = [path.read_bytes() for path in (folder / "tmp").rglob("*") if path.is_file()]
+    kept = [path.read_bytes() for path in (folder / "scratch").rglob("*") if path.is_file()]
     for name in ("blue.png", *uploads):
         assert (folder / name).read_bytes() not in kept
 
@@ -263,11 +263,11 @@ def test_page_stops_with_one_line_and_leaves_no_file(
     stop: signal.Signals, checkpoint: Path, images: Path, workdir: Path
 ) -> None:
     with server(workdir, "--images", images) as (process, _):
-        assert len(list((workdir / "tmp").iterdir())) == 1
+        assert len(list((workdir / "scratch").iterdir())) == 1
         process.send_signal(stop)
         assert process.wait(60) == 1
     assert (workdir / "stderr").read_text() == "stopped\n"
-    assert list((workdir / "tmp").iterdir()) == []
+    assert list((workdir / "scratch").iterdir()) == []
 
 
 def test_page_without_gradio_is_one_line_error(

@@ -235,7 +235,7 @@ def test_load_checkpoint_keeps_settings(trained: Path) -> None:
 # ---------------------------------------------------------------- settings of a stranger
 
 
-OUTSIDE = ["/home/user/photos", "../photos", "data/../../photos"]
+OUTSIDE = ["/data/photos", "../photos", "data/../../photos"]
 
 
 @pytest.mark.parametrize("data_dir", OUTSIDE)

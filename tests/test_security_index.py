@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import error_message
+from conftest import copy_images, error_message
 
 import inference
 from config import UserError
@@ -28,10 +28,7 @@ def checkpoint(trained: Path, workdir: Path) -> Path:
 @pytest.fixture
 def images(shapes: Path, workdir: Path) -> Path:
     """A folder of eight images that a test may change."""
-    (workdir / "images").mkdir()
-    for source in sorted((shapes / "Images").iterdir())[:8]:
-        shutil.copy(source, workdir / "images")
-    return Path("images")
+    return copy_images(shapes, workdir, 8)
 
 
 def search(checkpoint: Path, images: Path) -> dict[str, float]:
