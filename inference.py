@@ -22,6 +22,7 @@ import textwrap
 import time
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -75,6 +76,7 @@ SCORES_PER_BLOCK = 2**24  # of a ranking: 64 MB of float32
 GROUP = 64  # scores of which `_candidates` compares the maximum first
 MAX_QUERIES = 1024  # per matrix product
 MAX_MATCHES = 2**17  # queries times n, per matrix product
+CACHED_BYTES = 2**24  # of images: fewer stay in the processor's cache between queries
 # Nearest neighbor normalization; chosen on the dev split of Flickr8k (tests/benchmarks/RESULTS.md).
 NNN_K = 16  # nearest references, of at least MIN_REFERENCES
 NNN_ALPHA = 0.75  # weight of the bias
@@ -290,11 +292,20 @@ def _top_matches(queries: np.ndarray, images: np.ndarray, n: int) -> tuple[np.nd
 
 def _inner_products(images: np.ndarray, queries: np.ndarray, out: np.ndarray) -> None:
     """(b, D) @ (D, Q) -> `out` (b, Q)."""
-    if len(queries) > 4 or not hasattr(np, "vecdot"):  # NumPy 1 has none
+    if len(queries) > 4 or images.nbytes <= CACHED_BYTES or not hasattr(np, "vecdot"):
         np.matmul(images, queries.T, out=out)
-    else:  # a matrix product takes up to three times as long for one query
+        return
+
+    # A matrix product takes up to three times as long for one query, and one thread does not read
+    # the images as fast as memory allows.
+    def multiply(rows: slice) -> None:
         for column, query in enumerate(queries):
-            np.vecdot(images, query, out=out[:, column])
+            np.vecdot(images[rows], query, out=out[rows, column])
+
+    num_threads = torch.get_num_threads()
+    bounds = np.linspace(0, len(images), num_threads + 1, dtype=int)
+    with ThreadPoolExecutor(num_threads) as pool:
+        list(pool.map(multiply, map(slice, bounds[:-1], bounds[1:])))  # raises what a thread raises
 
 
 def _candidates(scores: np.ndarray, n: int, bound: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

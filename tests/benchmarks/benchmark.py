@@ -226,7 +226,7 @@ def train_ours(options: Namespace, encoders: str, steps: str) -> dict[str, float
 
     config = training_config(options, encoders)
     num_pairs = int(steps) * config.batch_size
-    run = trainer.setup(config, None)
+    run = trainer.setup(config, None, trainer.Distributed.init(config))
     split = run.splits["train"]
     short_split = Split(split.paths[:num_pairs], split.captions[:num_pairs])
     run.loader = build_train_loader(short_split, run.tokenizer, config, run.dist.device)
@@ -661,10 +661,10 @@ def encode_folder(options: Namespace, encoder: str, size: str, num_images: str) 
 
 
 SECOND_QUERY = """
-from inference import Searcher
-searcher = Searcher("best.pt")
-print(searcher.search(["two dogs play in the snow"], n=8)[0][0].score)
 import sys
+from inference import Searcher
+searcher = Searcher("best.pt", data_dir=sys.argv[1])
+print(searcher.search(["two dogs play in the snow"], n=8)[0][0].score)
 print(sorted({"timm", "albumentations", "cv2", "pandas"} & set(sys.modules)))
 """
 TEXT_ENCODER_ALONE = """
@@ -680,7 +680,10 @@ AutoModel.from_pretrained(sys.argv[1])
 def second_query(options: Namespace) -> Iterator[Row]:
     """A query on images in the index, over `import torch` and loading the text encoder alone."""
     num_images = run_child(options, "save_checkpoint")["images"]
-    commands = {"ours": [SECOND_QUERY], "alone": [TEXT_ENCODER_ALONE, options.text_encoder]}
+    commands = {
+        "ours": [SECOND_QUERY, options.data_dir],
+        "alone": [TEXT_ENCODER_ALONE, options.text_encoder],
+    }
     times: dict[str, list[float]] = {name: [] for name in commands}
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     for turn in range(6):
@@ -735,10 +738,10 @@ def query_page(options: Namespace) -> dict[str, float]:
     from inference import Page, Searcher
 
     save_checkpoint(options)
-    page = Page(Searcher("best.pt", "cpu"), None)
-    paths, vectors = page.index
+    page = Page(Searcher("best.pt", "cpu", data_dir=options.data_dir), None)
+    paths, vectors = page.candidates
     vectors = torch.nn.functional.normalize(torch.randn(10_000, vectors.shape[1]))
-    page.index = [paths[i % len(paths)] for i in range(10_000)], vectors
+    page.candidates = [paths[i % len(paths)] for i in range(10_000)], vectors
     texts = read_splits(options.data_dir)["test"].texts[:100]
     page.search(texts[0], 8)  # warms up
     times = [seconds_of(partial(page.search, text, 8)) for text in texts]
