@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import huggingface_hub.constants
+import huggingface_hub.utils
 import pytest
 import timm
 import torch
@@ -37,6 +38,8 @@ def connections(monkeypatch: pytest.MonkeyPatch) -> list:
         monkeypatch.setattr(socket, name, refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    if hasattr(huggingface_hub.utils, "reset_sessions"):  # huggingface_hub 0
+        huggingface_hub.utils.reset_sessions()  # sessions of earlier tests are offline
     return attempts
 
 
