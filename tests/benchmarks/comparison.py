@@ -11,7 +11,8 @@ All programs have the same images, encoders and image size. Learning rates shoul
 dev split, which is the default. All models are scored by `recalls`, which shares no code with
 `inference.py`. Each run has a process of its own. The minutes are of training alone, without
 loading, validation and saving. Those of open_clip are estimated from a short trial; each row has
-the actual minutes.
+the actual minutes. Each model is scored raw and with hub correction, whose references are the
+images of the training split and the first caption of each.
 """
 
 import json
@@ -76,9 +77,10 @@ def main() -> None:
         return
     split = options.split
     print(
-        f"| program | learning rate | pairs | minutes | {split} text→image R@1/5/10 | image→text |"
+        f"| program | learning rate | pairs | minutes | {split} text→image R@1/5/10 | image→text "
+        "| corrected text→image | corrected image→text |"
     )
-    print("| --- | --- | --- | --- | --- | --- |", flush=True)
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
     runs = [("trainer.py", checkpoint) for checkpoint in options.weights]
     runs += [("open_clip", lr) for lr in options.open_clip_lr]
     runs += [("tutorial", factor) for factor in options.tutorial_times]
@@ -89,7 +91,7 @@ def main() -> None:
             sys.exit(f"{program} {setting} failed")
         result = json.loads(process.stdout.splitlines()[-1])
         cells = [program, result["lr"], f"{result['pairs']:,}", f"{result['minutes']:.1f}"]
-        for direction in ("t2i", "i2t"):
+        for direction in ("t2i", "i2t", "corrected_t2i", "corrected_i2t"):
             values = [f"{result[f'{direction}_r{k}']:.1f}" for k in RECALL_KS]
             cells.append(" / ".join(values))
         print(f"| {' | '.join(cells)} |", flush=True)
@@ -98,20 +100,29 @@ def main() -> None:
 # ---------------------------------------------------------------- the evaluator
 
 
-def recalls(images: np.ndarray, texts: np.ndarray, image_of_text: np.ndarray) -> dict[str, float]:
+def recalls(
+    images: np.ndarray,
+    texts: np.ndarray,
+    image_of_text: np.ndarray,
+    image_biases: np.ndarray | float = 0.0,
+    text_biases: np.ndarray | float = 0.0,
+) -> dict[str, float]:
     """Recall@K in percent in both directions.
 
-    `images` (N, D) and `texts` (M, D) are embeddings of any length, `image_of_text` (M,) is the
-    index of each text's image. One query at a time: all answers are sorted by cosine, wrong ones
-    before right ones of the same cosine, and the first right one must be among the first K
-    (Hodosh et al., 2013). An image may have several captions, of which any is right.
+    `images` (N, D) and `texts` (M, D) are unit vectors, `image_of_text` (M,) is the index of each
+    text's image, and the biases (N,) and (M,) are subtracted from the cosines of the answers. One
+    query at a time: all answers are sorted by score, wrong ones before right ones of the same
+    score, and the first right one must be among the first K (Hodosh et al., 2013). An image may
+    have several captions, of which any is right.
     """
-    images = images / np.linalg.norm(images, axis=1, keepdims=True)
-    texts = texts / np.linalg.norm(texts, axis=1, keepdims=True)
     indices = np.arange(len(images))
     positions = {
-        "t2i": first_right_positions(texts, images, lambda text: indices == image_of_text[text]),
-        "i2t": first_right_positions(images, texts, lambda image: image_of_text == image),
+        "t2i": first_right_positions(
+            texts, images, image_biases, lambda text: indices == image_of_text[text]
+        ),
+        "i2t": first_right_positions(
+            images, texts, text_biases, lambda image: image_of_text == image
+        ),
     }
     results = {}
     for direction, first in positions.items():
@@ -121,7 +132,10 @@ def recalls(images: np.ndarray, texts: np.ndarray, image_of_text: np.ndarray) ->
 
 
 def first_right_positions(
-    queries: Iterable[np.ndarray], answers: np.ndarray, right: Callable[[int], np.ndarray]
+    queries: Iterable[np.ndarray],
+    answers: np.ndarray,
+    biases: np.ndarray | float,
+    right: Callable[[int], np.ndarray],
 ) -> np.ndarray:
     """Position, from 0, of the first right answer in each query's ranking.
 
@@ -130,9 +144,21 @@ def first_right_positions(
     positions = []
     for index, query in enumerate(queries):
         is_right = right(index)
-        order = np.lexsort((is_right, -(answers @ query)))  # by cosine, then wrong ones first
+        scores = answers @ query - biases  # (N, D) @ (D,)
+        order = np.lexsort((is_right, -scores))  # by score, then wrong ones first
         positions.append(np.argmax(is_right[order]))
     return np.array(positions)
+
+
+def hub_biases(candidates: np.ndarray, references: np.ndarray) -> np.ndarray:
+    """The bias (N,) of nearest neighbor normalization (arXiv 2410.24114) for unit vectors.
+
+    It is alpha times the mean of the k largest cosines of a candidate and the references.
+    """
+    from inference import NNN_ALPHA, NNN_K
+
+    cosines = candidates @ references.T  # (N, D) @ (D, R)
+    return NNN_ALPHA * np.sort(cosines, axis=1)[:, -NNN_K:].mean(axis=1)
 
 
 @torch.inference_mode()
@@ -142,20 +168,37 @@ def score(
     data_dir: str,
     split_name: str,
 ) -> dict[str, float]:
-    """The recalls of two encoders, which are called with a hundred paths or captions at a time."""
+    """The recalls of two encoders, which are called with a hundred paths or captions at a time.
+
+    Those with hub correction have the prefix "corrected_".
+    """
     from data import read_splits
 
-    split = read_splits(data_dir)[split_name]
+    # 1. The split to score.
+    splits = read_splits(data_dir)
+    split = splits[split_name]
     captions_per_image = [len(captions) for captions in split.captions]
     image_of_text = np.repeat(np.arange(len(split.paths)), captions_per_image)
     images = encode_in_batches(encode_images, split.paths)
     texts = encode_in_batches(encode_texts, split.texts)
-    return recalls(images, texts, image_of_text)
+
+    # 2. The references of the hub correction.
+    train = splits["train"]
+    first_captions = [captions[0] for captions in train.captions]
+    image_biases = hub_biases(images, encode_in_batches(encode_texts, first_captions))
+    text_biases = hub_biases(texts, encode_in_batches(encode_images, train.paths))
+
+    # 3. Both recalls.
+    corrected = recalls(images, texts, image_of_text, image_biases, text_biases)
+    results = recalls(images, texts, image_of_text)
+    return results | {f"corrected_{name}": value for name, value in corrected.items()}
 
 
 def encode_in_batches(encode: Callable[[list], Tensor], items: list) -> np.ndarray:
+    """Unit vectors (N, D) of paths or captions."""
     batches = [items[start : start + 100] for start in range(0, len(items), 100)]
-    return torch.cat([encode(batch) for batch in batches]).numpy()
+    embeddings = torch.cat([encode(batch) for batch in batches]).numpy()
+    return embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
 
 
 # ---------------------------------------------------------------- the three programs
