@@ -97,7 +97,9 @@ class Config:
     name: str = "clip"  # the run is saved in runs/NAME
     seed: int = 0  # the same seed gives the same run
     device: str = "auto"  # auto: cuda, mps or cpu, whichever is there; or a name such as cuda:1
-    precision: Precision = "auto"  # of the encoders; auto: 16 bits on CUDA, else float32
+    precision: Precision = (
+        "auto"  # of the forward pass in training; auto: 16 bits on CUDA, else float32
+    )
     demo: bool = False  # train small encoders on generated shapes, two minutes on a CPU
     resume: str = ""  # resume the run of this last.pt with its settings
     init_from: str = ""  # start a new run from the model of this checkpoint, with its encoders
@@ -131,6 +133,8 @@ class Config:
             raise ValueError(f"--precision {self.precision!r}: must be auto, float32 or bfloat16")
         if self.resume and self.init_from:
             raise ValueError("--init-from: starts a new run and cannot be combined with --resume")
+        if self.demo and self.init_from:
+            raise ValueError("--init-from: keeps its encoders and cannot be combined with --demo")
         if self.drop_path != -1 and not 0 <= self.drop_path <= 0.9:
             raise ValueError(f"--drop-path {self.drop_path}: must be between 0.0 and 0.9, or -1")
         if self.chunk_size == 1:
@@ -175,7 +179,7 @@ class SearchConfig:
     serve: bool = False  # serve a page to search with in a browser; requires gradio 6 or newer
     host: str = "127.0.0.1"  # address of that page; the default is reachable from this machine only
     port: int = 7860  # port of that page
-    nnn: bool = True  # correct the scores of hubs, images that are near to every query
+    nnn: bool = True  # hub correction: subtract the bias of images that are near to every query
     num_workers: int = -1  # DataLoader workers; -1: none on the CPU, 4 to 16 (cores) on a GPU
     device: str = "auto"  # auto: cuda, mps or cpu, whichever is there; or a name such as cuda:1
 
@@ -186,8 +190,9 @@ class SearchConfig:
         _check_exclusive(self, "image", "images", "like")
         _check_exclusive(self, "like", "query")
         _check_exclusive(self, "images", "data_dir")
-        if self.serve and self.output != SearchConfig.output:
-            raise ValueError("--output: has no effect with --serve; leave one of them out")
+        if self.output != SearchConfig.output and (self.serve or self.evaluate):
+            other = "--serve" if self.serve else "--evaluate"
+            raise ValueError(f"--output: has no effect with {other}; leave one of them out")
         if not self.serve and (self.host, self.port) != (SearchConfig.host, SearchConfig.port):
             raise ValueError("--host and --port: have no effect without --serve")
         if not all(query.strip() for query in self.query):
@@ -217,16 +222,23 @@ def _check_exclusive(settings: Any, name: str, *others: str) -> None:
             raise ValueError(f"{flags[1]}: has no effect with {flags[0]}; leave one of them out")
 
 
-def check(value: Any, rule: Any, name: str) -> None:
+@dataclass(frozen=True)
+class MaxLength:
+    """A rule of `check_value`: a text of at most this many characters."""
+
+    characters: int
+
+
+def check_value(value: Any, rule: Any, name: str) -> None:
     """Raises `ValueError` for a value from a file, called `name`, that does not fit a rule.
 
-    A range or two floats bound a number of that type, a set lists the values, an integer is the
-    greatest length of a text, a type is that of the value, and a dict has a rule for each key that
-    may occur. Of a list of rules one must fit.
+    A range or two floats bound a number of that type, a set lists the values, `MaxLength` bounds a
+    text, a type is that of the value, and a dict has a rule for each key that may occur. Of a list
+    of rules one must fit.
     """
     if isinstance(rule, dict) and type(value) is dict:
         for key, inner in value.items():
-            check(inner, rule.get(key, set()), f"{name}: {short(key)}")
+            check_value(inner, rule.get(key, set()), f"{name}: {short(key)}")
     elif not _fits(value, rule):
         raise ValueError(f"{name} is {short(value)}, which is not allowed")
 
@@ -238,8 +250,8 @@ def _fits(value: Any, rule: Any) -> bool:
         return type(value) is rule
     if isinstance(rule, set):
         return any(type(value) is type(allowed) and value == allowed for allowed in rule)
-    if isinstance(rule, int):
-        return type(value) is str and len(value) <= rule
+    if isinstance(rule, MaxLength):
+        return type(value) is str and len(value) <= rule.characters
     if isinstance(rule, range):
         return type(value) is int and value in rule
     if isinstance(rule, tuple):
@@ -323,8 +335,8 @@ def _known_cause(error: Exception) -> str | None:
         return f"another process of this run has stopped: {line}"
     if message.startswith(TIMED_OUT):
         return f"the DataLoader workers are blocked; does their file system answer? {line}"
-    # Not an exception in a worker, "Caught ... in DataLoader worker": it is a bug. The connection
-    # of a ConnectionError is to a worker.
+    # A worker that died. An exception raised in a worker ("Caught ... in DataLoader worker") is a
+    # bug. ConnectionErrors come from the connection to a worker.
     if f"{WORKER} (pid" in message or isinstance(error, ConnectionError):
         return f"a DataLoader worker died; try --num-workers 0: {line}"
     if number in OS_ERRORS and error.filename:

@@ -5,7 +5,6 @@ splits = read_splits("data/flickr8k")
 splits["train"].captions[0]  # all captions of the image splits["train"].paths[0]
 """
 
-import base64
 import bisect
 import codecs
 import csv
@@ -41,11 +40,14 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from config import DEMO_DEFAULTS, WORKER, Config, UserError, check, printable, progress, short
+from config import DEMO_DEFAULTS, WORKER, Config, UserError, printable, progress
 
 SPLITS = ("train", "dev", "test")
 ARCHIVES = ("Flickr8k_Dataset.zip", "Flickr8k_text.zip")
-MAX_MISSING = 0.01  # fraction of the captions whose image may be missing, and of broken rows
+# Fraction of the captions whose image may be missing, and of broken rows. Flickr8k itself has five
+# captions of an image that is not in its archive.
+MAX_MISSING = 0.01
+BLOCK_SIZE = 2**20  # bytes of a text that are decoded at once
 MAX_ARCHIVE = 3 * 2**30  # bytes of a download, packed or unpacked; Flickr8k has 1.1 GB
 MAX_MEMBERS = 100_000  # files in it; Flickr8k has 16,000
 DOWNLOAD_TIMEOUT = 60  # seconds without a byte
@@ -84,20 +86,27 @@ CaptionParser = Callable[[Path], Iterator[CaptionRow | UserError]]  # an error f
 def _open_text(path: Path, newline: str = "") -> TextIO:
     """The text of a UTF-8 file, with or without a byte-order mark, or of a UTF-16 file with one.
 
-    It is decoded line by line: the text of a large file as one string can take four times its size.
+    Raises `UserError` with the row of bytes that are not text.
     """
     if not path.is_file():  # opening a named pipe would block
         raise UserError(f"{path}: No such file")
     try:
         content = path.read_bytes()
-        encoding = _encoding(content)
-        content.decode(encoding)  # raises for bytes that are not text
-        return io.TextIOWrapper(io.BytesIO(content), encoding, newline=newline)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        row = error.object[: error.start].count(b"\n") + 1
-        raise UserError(f"{path}, row {row}: not UTF-8; save the file as UTF-8") from None
+    encoding = _encoding(content)
+    decoder = codecs.getincrementaldecoder(encoding)()
+    # In blocks: the text of a large file as one string can take four times its size.
+    for start in range(0, len(content) + 1, BLOCK_SIZE):
+        end = start + BLOCK_SIZE
+        try:
+            decoder.decode(content[start:end], final=end > len(content))
+        except UnicodeDecodeError as error:
+            # The decoder keeps the beginning of a character from the block before.
+            position = min(end, len(content)) - len(error.object) + error.start
+            row = content[:position].count(b"\n") + 1
+            raise UserError(f"{path}, row {row}: not UTF-8; save the file as UTF-8") from None
+    return io.TextIOWrapper(io.BytesIO(content), encoding, newline=newline)
 
 
 def _encoding(start: bytes) -> str:
@@ -250,7 +259,7 @@ IMAGE_DIRS = (
     "flickr8k_images",
 )
 EXPECTED_LAYOUT = (
-    "expected are Flickr8k.token.txt, captions.txt, results.csv or another caption file, "
+    "Flickr8k.token.txt, captions.txt, results.csv or another caption file is expected, "
     "and images in Flicker8k_Dataset/, Images/, another folder or beside it"
 )
 
@@ -357,32 +366,34 @@ class ImageNames:
         cut = len(self.prefix)
         self.in_image_dir = {name[cut:] for name in layout.files if name.startswith(self.prefix)}
 
-    def find(self, name: str, source: str = "") -> str | None:
+    def find(self, name: str, source: str, in_split_list: bool = False) -> str | None:
         """The image that is meant, as a path relative to the image folder; None if there is none.
 
         `name` is a path relative to the image folder, the caption file or the data folder, the end
-        of such a path, or an absolute path. Case, backslashes and Unicode form do not matter. For
-        a row of a caption file, `source`, the suffix may be missing too, and `UserError` is raised
-        if several files fit or if the path leads out of the data folder.
+        of such a path, or an absolute path. Case, backslashes and Unicode form do not matter. In a
+        caption file the suffix may be missing too. Raises `UserError`, which begins with `source`,
+        if several files fit or if a path in a caption file leads out of the data folder.
         """
         if name in self.in_image_dir:
             return name
         path = name.replace("\\", "/")
         is_absolute = path.startswith("/") or PureWindowsPath(path).drive != ""
         relative = (
-            self._inside(path) if is_absolute else [prefix + path for prefix in self.prefixes]
+            self._below_folder(path) if is_absolute else [prefix + path for prefix in self.prefixes]
         )
+        # First with backslashes as they are: on Linux they can be part of a name.
         paths = [posixpath.normpath(path) for path in (self.prefix + name, *relative)]
         for path in paths:
             if path in self.files:
-                return self._relative(path)
-        for index in self._loose_names if source else self._loose_names[:1]:
-            for fitting in filter(None, (index.get(_loose(path)) for path in paths)):
-                if len(fitting) > 1 and source:
+                return self._below_image_dir(path)
+        by_end, by_stem = self._files_by_path_end
+        for files in (by_end,) if in_split_list else (by_end, by_stem):
+            for fitting in filter(None, (files.get(_normalized(path)) for path in paths)):
+                if len(fitting) > 1:
                     listed = ", ".join(sorted(fitting)[:3])
                     raise UserError(f"{source}: {name!r} could be any of {listed}")
-                return self._relative(fitting[0])
-        if source and (is_absolute or ".." in path.split("/")):
+                return self._below_image_dir(fitting[0])
+        if not in_split_list and (is_absolute or ".." in path.split("/")):
             image_dir = self.layout.image_dir
             raise UserError(f"{source}: {name!r} is not the name of a file in {image_dir}")
         # The listing passes over hidden folders and the like.
@@ -396,7 +407,7 @@ class ImageNames:
         close = difflib.get_close_matches(name, near, n=1)
         return f" (the nearest name is {close[0]})" if close else ""
 
-    def _inside(self, path: str) -> list[str]:
+    def _below_folder(self, path: str) -> list[str]:
         """An absolute path relative to the data folder; empty if it is outside."""
         folder, image_dir = self.layout.folder, self.layout.image_dir
         roots = [(os.path.abspath(folder), ""), (os.path.realpath(folder), "")]
@@ -406,16 +417,16 @@ class ImageNames:
                 return [prefix + path.removeprefix(root)]
         return []
 
-    def _relative(self, path: str) -> str:
+    def _below_image_dir(self, path: str) -> str:
         """A path in the listing relative to the image folder, in rare cases with ".."."""
         return posixpath.relpath(path, self.prefix or ".")
 
     @cached_property
-    def _loose_names(self) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-        """The files by every end of their path as `_loose` spells it, and by those less suffix."""
+    def _files_by_path_end(self) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+        """The files by every end of their `_normalized` path, with and without the suffix."""
         by_name, by_stem = defaultdict(list), defaultdict(list)
         for file in self.files:
-            parts = _loose(file).split("/")
+            parts = _normalized(file).split("/")
             if parts[-1].startswith("."):  # hidden
                 continue
             for start in range(len(parts)):
@@ -426,7 +437,7 @@ class ImageNames:
         return dict(by_name), dict(by_stem)
 
 
-def _loose(path: str) -> str:
+def _normalized(path: str) -> str:
     """One spelling of all that differ in case or Unicode form: macOS decomposes letters."""
     return unicodedata.normalize("NFC", path).casefold()
 
@@ -466,7 +477,10 @@ class PackedList(Sequence):
 
 @dataclass(frozen=True)
 class Split:
-    """Images, each once, with all their captions: `captions[i]` belong to `paths[i]`."""
+    """Images, each once, with all their captions: `captions[i]` belong to `paths[i]`.
+
+    White space in a caption is single spaces, so that equal captions are equal texts.
+    """
 
     paths: Sequence[Path]
     captions: Sequence[list[str]]
@@ -494,21 +508,9 @@ def read_splits(data_dir: str | Path) -> dict[str, Split]:
     captions, lists = _captions_by_image(layout, names)
     for list_dir in (layout.captions_file.parent, folder):
         lists = lists or _read_split_lists(list_dir, names)
-    lists = lists or _hash_split(sorted(captions))
+    lists = lists or _hash_split(folder, sorted(captions))
+    _print_left_out(layout, names, captions, lists)
 
-    # Say what is left out.
-    if layout.errors:
-        first = printable(layout.errors[0])
-        print(f"data: left out {len(layout.errors)} folders that cannot be read: {first}")
-    unlisted = captions.keys() - set().union(*lists.values())
-    uncaptioned = {name for name in names.in_image_dir if is_image(name)} - captions.keys()
-    if unlisted or uncaptioned:
-        print(
-            f"data: left out {len(unlisted)} images in no split list "
-            f"and {len(uncaptioned)} without a caption"
-        )
-
-    # Build the splits, sorted by name.
     splits = {}
     for split, listed in lists.items():
         in_split = sorted(listed & captions.keys())
@@ -522,6 +524,21 @@ def read_splits(data_dir: str | Path) -> dict[str, Split]:
     place = printable(folder)
     print(f"data: {place}, {len(captions):,} images, {num_captions:,} captions; {sizes}")
     return splits
+
+
+def _print_left_out(
+    layout: Layout, names: ImageNames, captions: dict[str, str], lists: dict[str, set[str]]
+) -> None:
+    if layout.errors:
+        first = printable(layout.errors[0])
+        print(f"data: left out {len(layout.errors)} folders that cannot be read: {first}")
+    unlisted = captions.keys() - set().union(*lists.values())
+    uncaptioned = {name for name in names.in_image_dir if is_image(name)} - captions.keys()
+    if unlisted or uncaptioned:
+        print(
+            f"data: left out {len(unlisted)} images in no split list "
+            f"and {len(uncaptioned)} without a caption"
+        )
 
 
 def _split_captions(text: str) -> list[str]:
@@ -538,8 +555,7 @@ def _captions_by_image(
     """The captions of each image, and the images of each split if the caption file defines them.
 
     The captions are joined by line breaks, of which they have none. Images are named as in
-    `ImageNames.find`. Flickr8k itself has five captions of an image that is
-    not in its archive.
+    `ImageNames.find`.
     """
     captions: dict[str, str] = {}
     lists: dict[str, set[str]] = {}
@@ -593,9 +609,12 @@ def _read_split_lists(folder: Path, names: ImageNames) -> dict[str, set[str]]:
         return {}
     lists = {}
     for split, file in files.items():
-        lines = [line.strip() for line in _open_text(file) if line.strip()]
-        found = {line: names.find(line) or Path(line).as_posix() for line in lines}
-        lists[split] = set(found.values())
+        lists[split] = set()
+        for row, line in enumerate(_open_text(file), start=1):
+            name = line.strip()
+            if name:
+                found = names.find(name, f"{file}, row {row}", in_split_list=True)
+                lists[split].add(found or Path(name).as_posix())
     _check_disjoint(lists, files)
     return lists
 
@@ -607,19 +626,29 @@ def _check_disjoint(lists: dict[str, set[str]], files: dict[str, Path]) -> None:
             raise UserError(f"{files[other]}: {min(both)} is in the {one} split too")
 
 
-def _hash_split(names: list[str]) -> dict[str, set[str]]:
+def _hash_split(folder: Path, names: list[str]) -> dict[str, set[str]]:
     """Splits images by the hash of their names, so that adding images moves few others."""
+    if len(names) < 10:
+        raise UserError(
+            f"{folder}: without split lists at least 10 images with captions are needed, "
+            f"but there are {len(names)}"
+        )
     held_out = min(len(names) // 10, 1000)  # Flickr8k holds out 1,000
     print(
         f"data: no split lists; by the hash of their names "
         f"{held_out} images are held out for dev and {held_out} for test"
     )
-    order = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+    order = sorted(names, key=_hash)
     return {
         "train": set(order[2 * held_out :]),
         "dev": set(order[:held_out]),
         "test": set(order[held_out : 2 * held_out]),
     }
+
+
+def _hash(text: str) -> bytes:
+    """The same in all processes, which Python's own hash is not."""
+    return hashlib.sha256(text.encode(errors="surrogatepass")).digest()
 
 
 # ---------------------------------------------------------------- download
@@ -628,9 +657,10 @@ def _hash_split(names: list[str]) -> dict[str, set[str]]:
 def check_data_dir(config: Config) -> None:
     """Raises `UserError` for a data folder in no known layout, and for an absent one.
 
-    The folders that `prepare_data_dir` makes may be absent.
+    The folder that `prepare_data_dir` makes may be absent.
     """
-    can_be_made = config.data_dir in (Config.data_dir, DEMO_DEFAULTS["data_dir"])
+    is_demo = config.demo and config.data_dir == DEMO_DEFAULTS["data_dir"]
+    can_be_made = is_demo or config.data_dir == Config.data_dir
     if Path(config.data_dir).exists() or not can_be_made:
         find_layout(config.data_dir)
 
@@ -773,13 +803,13 @@ def generate_shapes(folder: Path, train: int = 5000, dev: int = 200, test: int =
         for name, scene in zip(progress(names, f"generating {folder}"), scenes.values()):
             _render_scene(scene, rng).save(staging / "Images" / name)
             for template, separator in CAPTION_TEMPLATES:
-                parts = rng.permutation([template.format(**shape) for shape in scene])
-                rows.append((name, separator.join(parts)))
+                phrases = rng.permutation([template.format(**shape) for shape in scene])
+                rows.append((name, separator.join(phrases)))
         with (staging / "captions.txt").open("w", newline="") as file:
             csv.writer(file).writerows(rows)
-        parts = (names[:train], names[train : train + dev], names[train + dev :])
-        for split, part in zip(SPLITS, parts):
-            (staging / f"Flickr_8k.{split}Images.txt").write_text("\n".join(part))
+        names_of_splits = (names[:train], names[train : train + dev], names[train + dev :])
+        for split, listed in zip(SPLITS, names_of_splits):
+            (staging / f"Flickr_8k.{split}Images.txt").write_text("\n".join(listed))
 
 
 def _sample_scene(rng: np.random.Generator) -> Scene:
@@ -806,8 +836,8 @@ def _render_scene(scene: Scene, rng: np.random.Generator) -> Image.Image:
 
 # ---------------------------------------------------------------- images
 
-# Pillow's raster formats. Never read are documents, containers of other files, and PostScript and
-# the like, for which Pillow starts programs. TGA has no signature and comes last.
+# Pillow's raster formats. Documents, containers of other files, and formats for which Pillow starts
+# programs, such as PostScript, are excluded. TGA has no signature and comes last.
 IMAGE_FORMATS = (
     *("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF", "JPEG2000", "MPO", "PPM", "PSD"),
     *("ICO", "ICNS", "CUR", "DIB", "DDS", "BLP", "DCX", "PCX", "FITS", "FLI", "FTEX", "GBR", "IM"),
@@ -913,15 +943,15 @@ def _readable_formats() -> tuple[tuple[str, ...], frozenset[str]]:
 
 
 @contextmanager
-def open_image(path: ImageSource) -> Iterator[Image.Image]:
+def open_image(source: ImageSource) -> Iterator[Image.Image]:
     """Pillow's image with only its header read; an image of Pillow is returned unchanged.
 
     Raises `UserError` for what is no image and for any error of a decoder in the block.
     """
-    if isinstance(path, Image.Image):
-        yield path
+    if isinstance(source, Image.Image):
+        yield source
         return
-    path = Path(path)
+    path = Path(source)
     formats, _ = _readable_formats()
     try:
         if not path.is_file():  # opening a named pipe would block
@@ -940,7 +970,7 @@ def open_image(path: ImageSource) -> Iterator[Image.Image]:
         raise UserError(f"{path}: cannot be read as an image: {reason}") from None
 
 
-def load_image(path: ImageSource, min_side: int = 0) -> np.ndarray:
+def load_image(source: ImageSource, min_side: int = 0) -> np.ndarray:
     """The image as RGB, (H, W, 3) `uint8`: upright, transparency over white, 8 bits per channel.
 
     With `min_side`, the pixels that its shorter side is needed with, a large JPEG is decoded at
@@ -948,8 +978,8 @@ def load_image(path: ImageSource, min_side: int = 0) -> np.ndarray:
 
     Raises `UserError` for a file that cannot be read as an image.
     """
-    with open_image(path) as image:
-        if min_side:
+    with open_image(source) as image:
+        if min_side and image is not source:  # whose size it would change
             side = max(2 * min_side, MIN_REDUCED_SIDE)
             image.draft(None, (side, side))  # of JPEG files; does nothing to others
         # Not ImageOps.exif_transpose, which fails if another part of the EXIF block is damaged.
@@ -1108,80 +1138,6 @@ def stack_images(images: Iterable[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(list(images))).permute(0, 3, 1, 2)
 
 
-# What the tokenizer of a checkpoint may contain, as rules for `config.check`.
-TRUNCATION = {"max_length": range(4, 513), "strategy": {"LongestFirst"}, "stride": {0}}
-TRUNCATION |= {"direction": {"Left", "Right"}}
-PADDING = {"strategy": {"BatchLongest"}, "pad_to_multiple_of": {None}, "pad_type_id": {0}}
-PADDING |= {"direction": {"Left", "Right"}, "pad_id": range(1_000_000), "pad_token": 100}
-TOKENIZER_PARTS = {  # components, none of which makes a text many times as long
-    "normalizer": "BertNormalizer Lowercase NFC NFD NFKC NFKD Nmt Precompiled Replace Strip "
-    "StripAccents",
-    "pre_tokenizer": "BertPreTokenizer ByteLevel Digits Metaspace Punctuation Whitespace "
-    "WhitespaceSplit",
-    "post_processor": "BertProcessing ByteLevel RobertaProcessing TemplateProcessing",
-    "model": "BPE Unigram WordLevel WordPiece",
-}
-REPLACED = ({"Regex": " {2,}"}, {"String": "``"}, {"String": "''"})  # by XLM-R and ALBERT
-
-
-def read_tokenizer(text: str) -> Tokenizer:
-    """A tokenizer of known components, with padding and truncation, from its JSON text.
-
-    Raises an exception if it is another one, or fails on an example.
-    """
-    parts = json.loads(text)
-    for part, rules in (("padding", PADDING), ("truncation", TRUNCATION)):
-        if not parts.get(part) or parts[part].keys() != rules.keys():
-            raise ValueError(f"its tokenizer has no {part}")
-        check(parts[part], rules, f"its {part}")
-    for part, known in TOKENIZER_PARTS.items():
-        _check_components(parts.get(part), known.split())
-    tokenizer = Tokenizer.from_str(json.dumps(parts))
-    examples = tokenizer.encode_batch(["a", "a large gr\u00fcn \u4e2d \U0001f600 " * 200])
-    lengths = {len(example.ids) for example in examples}
-    largest_id = max(max(example.ids) for example in examples)
-    if len(lengths) > 1 or max(lengths) > parts["truncation"]["max_length"]:
-        raise ValueError("its tokenizer does not pad and truncate")
-    if largest_id > max(tokenizer.get_vocab().values()) or parts["model"].get("dropout"):
-        raise ValueError("its tokenizer gives other ids than those of its vocabulary")
-    return tokenizer
-
-
-def _check_components(component: Any, known: list[str]) -> None:
-    """Raises an exception for components that are unknown, repeat, or make a text long."""
-    pending, kinds = [component] if component else [], []
-    while pending:
-        component = pending.pop()
-        kind = component["type"]
-        if kind == "Sequence":  # its components are its only list
-            pending += next(value for value in component.values() if type(value) is list)
-            continue
-        is_repeated = kind in kinds and kind != "Replace"
-        if kind not in known or is_repeated or len(kinds) > 10 or not _is_bounded(component):
-            raise ValueError(f"its tokenizer has {short(kind)}, which is not allowed")
-        kinds.append(kind)
-
-
-def _is_bounded(component: dict[str, Any]) -> bool:
-    """Whether a component replaces each letter by a few and adds a few tokens."""
-    if component["type"] == "Replace":
-        return component["pattern"] in REPLACED and len(component["content"]) <= 1
-    if component["type"] == "Precompiled":  # size of a trie, the trie, and what replaces letters
-        table = base64.b64decode(component["precompiled_charsmap"])
-        replacements = table[4 + int.from_bytes(table[:4], "little") :]
-        return max(map(len, replacements.split(b"\0"))) <= 64
-    if component["type"] == "TemplateProcessing":
-        added = [
-            piece["SpecialToken"]["id"]
-            for piece in component["single"]
-            if len(piece) == 1 and "SpecialToken" in piece
-        ]
-        tokens = component["special_tokens"]
-        has_ids = all(len(tokens[name]["ids"]) == 1 for name in added)
-        return has_ids and len(added) == len(component["single"]) - 1 <= 8
-    return True
-
-
 def tokenize(tokenizer: Tokenizer, texts: list[str]) -> tuple[Tensor, Tensor]:
     """Token ids and mask, both (B, T) `int64`; T is the length of the longest of these texts."""
     encodings = tokenizer.encode_batch(texts)
@@ -1211,10 +1167,8 @@ def collate(items: list[dict[str, Any]], tokenizer: Tokenizer, bucket_size: int)
 
 
 def _caption_id(caption: str) -> int:
-    """A hash of 64 bits, the same in all processes, which Python's own is not."""
-    text = " ".join(caption.split())
-    digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
+    """64 bits of the caption's hash."""
+    return int.from_bytes(_hash(caption)[:8], "little", signed=True)
 
 
 @functools.cache  # its line is printed once for equal loaders
@@ -1239,6 +1193,12 @@ def limit_workers(num_workers: int, batch_bytes: int) -> int:
     return max_workers
 
 
+def _workers_for_gpu() -> int:
+    """One for each core that this process has, if torchrun started several on this machine."""
+    cores_per_process = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(4, min(cores_per_process, 16))
+
+
 def build_loader(
     dataset: Dataset,
     num_workers: int,
@@ -1254,11 +1214,8 @@ def build_loader(
     for the loader's next use; else they end with its iterator. The loader has a generator of its
     own, so that it does not change torch's, which dropout samples from.
     """
-    if num_workers < 0 and device.type == "cpu":
-        num_workers = 4
-    elif num_workers < 0:
-        cores_per_process = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        num_workers = max(4, min(cores_per_process, 16))
+    if num_workers < 0:
+        num_workers = 4 if device.type == "cpu" else _workers_for_gpu()
     num_workers = limit_workers(num_workers, batch_bytes)
     # With a timeout torch does not notice on Windows that a worker has died.
     timeout = LOADER_TIMEOUT if num_workers and os.name != "nt" else 0

@@ -67,7 +67,9 @@ from models import (
 
 RECALL_KS = (1, 5, 10)
 DIRECTIONS = {"t2i": "text to image", "i2t": "image to text"}
-METRICS = [f"{way}_{name}" for way in DIRECTIONS for name in ("r1", "r5", "r10", "medr")]
+METRICS = [
+    f"{way}_{name}" for way in DIRECTIONS for name in (*(f"r{k}" for k in RECALL_KS), "medr")
+]
 RECALLS = [name for name in METRICS if not name.endswith("medr")]
 ENCODE_BATCH = 64  # images, of at most ENCODE_PIXELS in all
 ENCODE_PIXELS = 64 * 384**2
@@ -267,7 +269,7 @@ def top_matches(queries: Tensor, images: Tensor, n: int) -> tuple[Tensor, Tensor
 
 
 def _top_matches(queries: np.ndarray, images: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """As `top_matches`, for so few queries that a block has enough images."""
+    """As `top_matches`, for at most `MAX_QUERIES`: a block then has at least 16,384 images."""
     num_queries = len(queries)
     best_scores = np.full((num_queries, n), -np.inf, np.float32)
     best_indices = np.zeros((num_queries, n), np.int64)
@@ -348,9 +350,9 @@ def retrieval_metrics(
     """Recall at 1, 5 and 10 in percent and median rank, text to image (t2i) and back (i2t).
 
     Protocol of Hodosh et al. (2013) as the field uses it: each of the M texts ranks all N images.
-    Each image ranks all texts, and the first of its own texts counts. So does the first image of a
-    text that several images have as their caption. An equal score ranks before the right answer,
-    so that a model with equal embeddings scores 0.
+    Each image ranks all texts, and the first of its own texts counts. If several images have the
+    same text, the first of them counts. An equal score ranks before the right answer, so that a
+    model with equal embeddings scores 0.
 
     `image_embeddings` (N, D), `text_embeddings` (M, D), `image_of_text` (M,): index of the image
     that each text belongs to. The biases (N,) and (M,) are subtracted from the cosines. If images
@@ -410,8 +412,6 @@ def evaluate(
 ) -> dict[str, float]:
     """`retrieval_metrics` of a split: each image once, and each text once.
 
-    A caption of several images is a right answer for all of them.
-
     With `references` also the metrics with hub correction, whose names end in `_nnn`. `loader` is
     one of the split's images, see `encode_images`. Raises `UserError` for an image that cannot be
     read.
@@ -419,10 +419,9 @@ def evaluate(
     images, errors = encode_images(model.image, split.paths, config, device, loader)
     if errors:
         raise next(iter(errors.values()))
-    row_of: dict[str, int] = {}  # of each text, in the order of the images
-    for text in split.texts:
-        row_of.setdefault(" ".join(text.split()), len(row_of))
-    text_ids = torch.tensor([row_of[" ".join(text.split())] for text in split.texts])
+    captions = split.texts
+    row_of = {text: row for row, text in enumerate(dict.fromkeys(captions))}
+    text_ids = torch.tensor([row_of[text] for text in captions])
     captions_per_image = torch.tensor([len(captions) for captions in split.captions])
     image_of_text = torch.arange(len(images)).repeat_interleave(captions_per_image)
 
@@ -455,7 +454,7 @@ def format_metrics(metrics: dict[str, float], suffix: str = "") -> str:
 
 # ---------------------------------------------------------------- the embedding index
 
-# Absolute path, size in bytes, times of the last change of content and of name, inode.
+# Absolute path, size in bytes, mtime and ctime (which a rename changes too) in nanoseconds, inode.
 Signature = tuple[str, int, int, int, int]
 
 
@@ -532,7 +531,8 @@ class EmbeddingIndex:
             print(printable(f"the index is not saved: {error}"))
             return
         for old_array in set(self.folder.glob(f"{self.name}-*.npy")) - {array}:
-            old_array.unlink(missing_ok=True)
+            with suppress(OSError):  # on Windows, while a searcher has it mapped
+                old_array.unlink()
 
     def _array_path(self, listing: str) -> Path:
         return self.folder / f"{self.name}-{_digest(listing)}.npy"
@@ -611,9 +611,10 @@ class Searcher:
         Searches the images in the folder `images` and its subfolders, or without one the test
         images of the data set that the model was trained on.
         """
-        queries = [queries] if isinstance(queries, str) else list(queries)
+        queries = _as_list(queries)
         vectors = self.encode_texts(queries)  # (Q, D)
-        return self._rank(queries, vectors, self._index(images), n, correct=self.nnn)
+        candidates = self._load_candidates(images)
+        return self._rank(queries, vectors, candidates, n, correct=self.nnn)
 
     def similar(
         self, image: ImageSource, images: str | Path | None = None, n: int = 8
@@ -622,18 +623,20 @@ class Searcher:
         name = "image" if isinstance(image, Image.Image) else str(image)
         # Without hub correction, whose bias is estimated for queries that are texts.
         vectors = self.encode_images([image])  # (1, D)
-        return self._rank([name], vectors, self._index(images), n, correct=False)[0]
+        candidates = self._load_candidates(images)
+        return self._rank([name], vectors, candidates, n, correct=False)[0]
 
     def _rank(
         self,
         queries: list[str],
         vectors: Tensor,
-        index: tuple[list[Path], Tensor],
+        candidates: tuple[list[Path], Tensor],
         n: int,
         correct: bool,
     ) -> list[list[Match]]:
-        """The n best images of an `_index` for each of the unit vectors (Q, D) of `queries`."""
-        paths, rows = index
+        """The n best of `_load_candidates` for each of the unit vectors (Q, D) of `queries`."""
+        _check_n(n)
+        paths, rows = candidates
         if self.has_bias:
             weight_of_bias = torch.full((len(queries), 1), float(correct))
             vectors = torch.hstack([vectors, weight_of_bias])  # (Q, D + 1)
@@ -645,13 +648,14 @@ class Searcher:
         for i, query in enumerate(queries):
             hits = zip(scores[i].tolist(), cosines[i].tolist(), indices[i].tolist())
             matches = []
-            for rank, (score, cosine, index) in enumerate(hits, start=1):
-                matches.append(Match(query, rank, score, cosine, paths[index]))
+            for rank, (score, cosine, row) in enumerate(hits, start=1):
+                matches.append(Match(query, rank, score, cosine, paths[row]))
             results.append(matches)
         return results
 
-    def encode_texts(self, texts: list[str]) -> Tensor:
+    def encode_texts(self, texts: str | list[str]) -> Tensor:
         """Unit vectors (Q, D) of texts, on the CPU."""
+        texts = _as_list(texts)
         if not texts:
             raise UserError("no text was passed, but at least one is needed")
         return encode_texts(self.text_tower, self.tokenizer, texts, self.device)
@@ -669,13 +673,17 @@ class Searcher:
             embeddings.append(self.image_tower(pixels.to(self.device)).cpu())  # (1, D)
         return torch.cat(embeddings)
 
-    def classify(self, image: ImageSource, texts: list[str], n: int = 8) -> list[Match]:
-        """The n most probable of `texts` for an image: zero-shot classification, section 3.1."""
+    def classify(self, image: ImageSource, texts: str | list[str], n: int = 8) -> list[Match]:
+        """The n most probable of `texts` for an image.
+
+        This is zero-shot classification (arXiv 2103.00020, section 3.1), without hub correction.
+        """
         path = Path("image") if isinstance(image, Image.Image) else Path(image)
-        return self._rank_texts(path, self.encode_images([image]), texts, n)
+        return self._rank_texts(path, self.encode_images([image]), _as_list(texts), n)
 
     def _rank_texts(self, path: Path, vector: Tensor, texts: list[str], n: int) -> list[Match]:
         """The n most probable of `texts` for the unit vector (1, D) of the image `path`."""
+        _check_n(n)
         texts = list(dict.fromkeys(" ".join(text.split()) for text in texts))  # each once
         text_embeddings = self.encode_texts(texts)  # (Q, D)
         cosines = cosine_similarity(vector, text_embeddings)[0]  # (Q,)
@@ -694,10 +702,10 @@ class Searcher:
         Embeddings are kept in an index beside the checkpoint. Only images that are new or changed
         since then, by path, size, times and inode, are encoded. Unreadable ones are tried again.
         """
-        paths, rows = self._index(images)
+        paths, rows = self._load_candidates(images)
         return paths, rows[:, : self.config.projection_dim]
 
-    def _index(self, images: str | Path | None) -> tuple[list[Path], Tensor]:
+    def _load_candidates(self, images: str | Path | None) -> tuple[list[Path], Tensor]:
         """As `index_images`, with a last column of minus the images' bias if there are references.
 
         With it, corrected scores are one inner product, with queries that end in 1.
@@ -777,6 +785,16 @@ class Searcher:
         )
 
 
+def _as_list(texts: str | list[str]) -> list[str]:
+    """A string is one text, not a list of its letters."""
+    return [texts] if isinstance(texts, str) else list(texts)
+
+
+def _check_n(n: int) -> None:
+    if n < 1:
+        raise UserError(f"n is {n}, but must be at least 1")
+
+
 # ---------------------------------------------------------------- output
 
 
@@ -802,7 +820,7 @@ def show_probabilities(matches: list[Match], output: Path) -> None:
     _save([matches], lambda: plot_probabilities(matches), output)
 
 
-def _save(results: list[list[Match]], plot: Any, output: Path) -> None:
+def _save(results: list[list[Match]], plot: Callable[[], Figure], output: Path) -> None:
     """Saves what `output` ends in: a table, or the figure that `plot` makes."""
     if output.suffix.lower() == ".csv":
         import pandas as pd  # here, because a search that saves a figure does not need it
@@ -826,7 +844,7 @@ def plot_matches(results: list[list[Match]]) -> Figure:
     rows = math.ceil(n / columns)
     width = max(columns, 2)
     height = len(results) * (rows * 2.3 + 0.6)  # inches
-    dpi = min(110, 30_000 / height)  # the PNG format has a limit
+    dpi = min(110, 30_000 / height)  # Matplotlib cannot draw 2**16 pixels
     figure = Figure(figsize=(2 * width, height), dpi=dpi, layout="constrained")
     blocks = np.atleast_1d(figure.subfigures(len(results), 1))
     for matches, block in zip(results, blocks):
@@ -867,7 +885,7 @@ def plot_probabilities(matches: list[Match]) -> Figure:
 
 def _wrap(text: str, width: int) -> str:
     """At most two lines of text."""
-    return textwrap.fill(textwrap.shorten(printable(text), 2 * width), width)
+    return textwrap.fill(printable(text), width, max_lines=2)
 
 
 def _thumbnail(path: Path) -> Image.Image:
@@ -902,7 +920,7 @@ class Page:
 
     def __init__(self, searcher: Searcher, images: Path | None) -> None:
         self.searcher = searcher
-        self.index = searcher._index(images)
+        self.candidates = searcher._load_candidates(images)
         examples = [searcher.checkpoint.example_query]
         if images is None:
             captions = searcher.test_split.captions
@@ -920,7 +938,7 @@ class Page:
 
     def _best(self, vector: Tensor, n: int, correct: bool) -> tuple[list, list[Path]]:
         """Thumbnails with captions of the n best images for a unit vector (1, D), and paths."""
-        matches = self.searcher._rank(["query"], vector, self.index, n, correct)[0]
+        matches = self.searcher._rank(["query"], vector, self.candidates, n, correct)[0]
         items = []
         for match in matches:
             caption = f"{match.rank}.  {match.score:.3f}\n{printable(match.path.name)}"
@@ -1066,8 +1084,9 @@ def read_queries(config: SearchConfig) -> list[str]:
     """The queries of the command line; for "-" the lines of standard input."""
     if config.query != ["-"]:
         return config.query
-    with suppress(UnicodeDecodeError):
+    with suppress(UnicodeError):
         lines = [line.strip() for line in sys.stdin or [] if line.strip()]
+        "".join(lines).encode()  # raises for other bytes, which stdin lets through in some locales
         if lines:
             return lines
     raise UserError("--query -: standard input contains no line of UTF-8 text")

@@ -5,8 +5,11 @@ model = load_clip(load_checkpoint("runs/demo/best.pt"))
 model.encode_image(pixels)  # (B, 3, S, S) uint8 -> (B, D), unit length
 """
 
+import base64
 import ctypes
 import hashlib
+import itertools
+import json
 import math
 import os
 import pickletools
@@ -29,20 +32,21 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
-from config import Config, UserError, check, printable, short
-from data import read_tokenizer
+from config import Config, MaxLength, UserError, check_value, printable, short
 
-MAX_LOGIT_SCALE = 100.0  # section 2.4: "clipped to prevent scaling the logits by more than 100"
+# "Clipped to prevent scaling the logits by more than 100" (arXiv 2103.00020, section 2.4).
+MAX_LOGIT_SCALE = 100.0
 EVAL_SCALE = 9 / 7  # image side in evaluation over that in training (tests/benchmarks/RESULTS.md)
 DEFAULT_DROP_PATH = 0.1  # of image encoders that have stochastic depth
 CHECKPOINT_FORMAT = "clip weights 1"
 TokenBatches = list[tuple[Tensor, Tensor]]  # token ids and mask, both (b, T), of part of a batch
 
-# What a checkpoint may contain, as rules for `config.check`.
+# What a checkpoint may contain, as rules for `config.check_value`.
 REQUIRED = {"format", "config", "image_encoder", "text_encoder", "tokenizer", "example_query"}
 TRAINING = {"optimizer", "schedule", "scaler", "history"}  # required in a last.pt
 MAX_PICKLE = 64_000_000  # bytes, of all that is not a tensor
-MAX_VALUES = 2_000_000  # steps of the pickle, which take at most 500 MB of memory
+MAX_OPCODES = 2_000_000  # of the pickle, which take at most 500 MB of memory
+MAX_REUSES = 16  # of a pickle's containers
 MAX_BUFFER = 10_000_000  # elements of an encoder that are not in its state dict
 DTYPES = {torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.bool}
 CLASSES = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch FloatStorage"}
@@ -50,18 +54,18 @@ CLASSES |= {f"torch {dtype}Storage" for dtype in ("Half", "BFloat16", "Long", "I
 IMAGE_ENCODER_ARGS = {  # of timm.create_model
     "num_classes": range(1_000_000),
     "in_chans": {3},
-    "global_pool": 20,
+    "global_pool": MaxLength(20),
     "img_size": [{None}, range(1, 2049), list, tuple],
     "drop_path_rate": [{None}, (0.0, 0.9)],
 }
 SCHEMA = {  # of the values that are not tensors
     "format": {CHECKPOINT_FORMAT},
     "config": {name: type(value) for name, value in asdict(Config()).items()},
-    "image_encoder": {"name": 200, "arguments": IMAGE_ENCODER_ARGS},
+    "image_encoder": {"name": MaxLength(200), "arguments": IMAGE_ENCODER_ARGS},
     "text_encoder": dict,
-    "tokenizer": 20_000_000,
-    "example_query": 10_000,
-    "schedule": dict,  # not used
+    "tokenizer": MaxLength(20_000_000),
+    "example_query": MaxLength(10_000),
+    "schedule": dict,  # part of the file format, but never read: it follows from the settings
     "scaler": dict,  # this and the next two are validated in trainer.py
     "history": list,
     "data": dict,
@@ -71,6 +75,20 @@ TEXT_ENCODERS |= {"distilbert", "electra", "ernie", "modernbert", "mpnet", "nomi
 TEXT_ENCODERS |= {"roberta", "roberta-prelayernorm", "roformer", "xlm-roberta"}
 TEXT_SETTINGS = {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
 TEXT_SETTINGS |= {"chunk_size_feed_forward": 0}  # those that are the same for all
+
+TRUNCATION = {"max_length": range(4, 513), "strategy": {"LongestFirst"}, "stride": {0}}
+TRUNCATION |= {"direction": {"Left", "Right"}}
+PADDING = {"strategy": {"BatchLongest"}, "pad_to_multiple_of": {None}, "pad_type_id": {0}}
+PADDING |= {"direction": {"Left", "Right"}, "pad_id": range(1_000_000), "pad_token": MaxLength(100)}
+TOKENIZER_PARTS = {  # components, none of which makes a text many times as long
+    "normalizer": "BertNormalizer Lowercase NFC NFD NFKC NFKD Nmt Precompiled Replace Strip "
+    "StripAccents",
+    "pre_tokenizer": "BertPreTokenizer ByteLevel Digits Metaspace Punctuation Whitespace "
+    "WhitespaceSplit",
+    "post_processor": "BertProcessing ByteLevel RobertaProcessing TemplateProcessing",
+    "model": "BPE Unigram WordLevel WordPiece",
+}
+REPLACED = ({"Regex": " {2,}"}, {"String": "``"}, {"String": "''"})  # by XLM-R and ALBERT
 
 
 # ---------------------------------------------------------------- model
@@ -285,7 +303,8 @@ def chance_loss(batch_size: int) -> float:
 def build_clip(config: Config, captions: list[str] | None = None) -> tuple[CLIP, Tokenizer]:
     """A model with new projection heads on the encoders of `config`, and its tokenizer.
 
-    See `build_text_encoder` for `captions`. Raises `UserError` if an encoder cannot be loaded.
+    `captions` make the vocabulary of a text encoder from scratch that is given by name, and are
+    required for it. Raises `UserError` if an encoder cannot be loaded.
     """
     text, tokenizer = build_text_encoder(config, captions)
     image = build_image_encoder(config)
@@ -315,7 +334,7 @@ def build_image_encoder(config: Config) -> ImageEncoder:
             raise UserError(
                 f"--image-encoder {name}: has no stochastic depth; pass --drop-path 0"
             ) from None
-        raise _unavailable("--image-encoder", name, "local-dir:FOLDER", error) from None
+        raise _unavailable("--image-encoder", name, error, config.pretrained) from None
     unknown = encoder.model._model_args.keys() - IMAGE_ENCODER_ARGS.keys()
     if unknown:
         raise UserError(f"--image-encoder {name}: is not supported, it needs {sorted(unknown)}")
@@ -341,9 +360,14 @@ def build_text_encoder(
 def _pretrained_text_encoder(config: Config) -> tuple[TextEncoder, Tokenizer]:
     from transformers import AutoModel
 
+    if config.text_layers or config.text_width:
+        raise UserError(
+            "--text-layers and --text-width have no effect on a pretrained text encoder; "
+            "leave them out or pass --no-pretrained"
+        )
     _quiet_hub()
     _, tokenizer = _text_config_and_tokenizer(config)
-    model = _from_pretrained(AutoModel, config.text_encoder)
+    model = _from_pretrained(AutoModel, config)
     return TextEncoder(model.float()), tokenizer  # some are stored in half precision
 
 
@@ -354,8 +378,8 @@ def _new_text_encoder(config: Config, captions: list[str]) -> tuple[TextEncoder,
     if Path(name).is_dir():
         model_config, tokenizer = _text_config_and_tokenizer(config)
     else:
-        prefix = name.rpartition("/")[2].lower()
-        kinds = [kind for kind in CONFIG_MAPPING if prefix.startswith(kind)]
+        prefix = name.rpartition("/")[2].lower().replace("deberta-v3", "deberta-v2")  # one kind
+        kinds = [k for k in CONFIG_MAPPING if prefix.startswith((k, k.replace("_", "-")))]
         if not kinds:
             raise UserError(f"--text-encoder {name}: is no architecture of transformers")
         kind = max(kinds, key=len)
@@ -365,9 +389,13 @@ def _new_text_encoder(config: Config, captions: list[str]) -> tuple[TextEncoder,
         model_config = AutoConfig.for_model(kind, vocab_size=vocab_size, pad_token_id=0)
     if config.text_layers:
         model_config.num_hidden_layers = config.text_layers
+        if getattr(model_config, "layer_types", None):  # ModernBERT: global or local attention
+            types = itertools.cycle(model_config.layer_types)
+            model_config.layer_types = list(itertools.islice(types, config.text_layers))
     if config.text_width:
         _set_width(model_config, config.text_width)
-    return TextEncoder(AutoModel.from_config(model_config)), tokenizer
+    # A folder may name half precision.
+    return TextEncoder(AutoModel.from_config(model_config).float()), tokenizer
 
 
 def _set_width(model_config: Any, width: int) -> None:
@@ -383,8 +411,8 @@ def _text_config_and_tokenizer(config: Config) -> tuple[Any, Tokenizer]:
     from transformers import AutoConfig, AutoTokenizer
 
     name = config.text_encoder
-    model_config = _from_pretrained(AutoConfig, name)
-    tokenizer = _from_pretrained(AutoTokenizer, name)
+    model_config = _from_pretrained(AutoConfig, config)
+    tokenizer = _from_pretrained(AutoTokenizer, config)
     _check_text_config(name, model_config)
     if not tokenizer.is_fast or tokenizer.pad_token is None:
         raise UserError(f"--text-encoder {name}: its tokenizer is not a fast one with padding")
@@ -394,11 +422,12 @@ def _text_config_and_tokenizer(config: Config) -> tuple[Any, Tokenizer]:
     return model_config, fast
 
 
-def _from_pretrained(auto_class: Any, name: str) -> Any:
+def _from_pretrained(auto_class: Any, config: Config) -> Any:
+    name = config.text_encoder
     try:
         return auto_class.from_pretrained(name)
     except Exception as error:  # a wrong name, a damaged folder, an unreachable hub
-        raise _unavailable("--text-encoder", name, "a folder", error) from None
+        raise _unavailable("--text-encoder", name, error, config.pretrained) from None
 
 
 def _check_text_config(name: str, model_config: Any) -> None:
@@ -439,7 +468,7 @@ def build_wordpiece_tokenizer(texts: list[str], max_length: int) -> Tokenizer:
 
 
 def _quiet_hub() -> None:
-    """Silences the hub's own messages, so that ours is the only one about missing weights."""
+    """Silences the Hugging Face Hub, so that only our message tells about missing weights."""
     from huggingface_hub import utils as hub
     from transformers.utils import logging as transformers_logging
 
@@ -449,12 +478,14 @@ def _quiet_hub() -> None:
     hub.enable_progress_bars()  # of downloads, which the line above disables too
 
 
-def _unavailable(flag: str, name: str, folder: str, error: Exception) -> UserError:
+def _unavailable(flag: str, name: str, error: Exception, pretrained: bool) -> UserError:
     reason = textwrap.shorten(f"{type(error).__name__}: {error}", 150)
-    return UserError(
-        f"{flag} {name}: cannot be loaded ({reason}). Pass {folder} that contains it, "
-        "or try --demo; --no-pretrained needs no weights"
-    )
+    message = f"{flag} {name}: cannot be loaded ({reason})"
+    if pretrained:
+        folder = "local-dir:FOLDER" if flag == "--image-encoder" else "a folder"
+        message += f". Pass {folder} that contains it, or try --demo; "
+        message += "--no-pretrained needs no weights"
+    return UserError(message)
 
 
 # ---------------------------------------------------------------- freezing and precision
@@ -504,7 +535,7 @@ class Checkpoint:
 
 @dataclass
 class References:
-    """Unit vectors of training pairs, both (R, D) `float16`, to estimate the bias of hubs from."""
+    """Unit vectors of training pairs, both (R, D) `float16`, for `inference.hub_bias`."""
 
     images: Tensor
     texts: Tensor
@@ -581,8 +612,8 @@ def load_checkpoint(path: str | Path, mmap: bool = False) -> Checkpoint:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         _validate_checkpoint(content, num_bytes)
         return _checkpoint_of(content, checksums)
-    except (KeyboardInterrupt, SystemExit):
-        raise
+    except (KeyboardInterrupt, SystemExit, MemoryError, PermissionError):
+        raise  # the file is not to blame
     except BaseException as error:  # anything; the tokenizers' PanicException is no Exception
         reason = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
         raise UserError(f"{path}: not a complete checkpoint of this program: {reason}") from None
@@ -617,17 +648,18 @@ def _verify_archive(path: str | Path) -> tuple[list[tuple[str, int]], int]:
 def _check_pickle(pickle: bytes) -> None:
     """Raises `ValueError` for other classes than those of plain tensors, and for too many values.
 
-    Containers that contain others again and again are refused too: they could be endless to hash.
+    A container may be used again 16 times at most: with more, a small file could contain values
+    that are exponentially large when they are walked.
     """
-    containers, num_references, previous = set(), 0, ""
+    containers, num_reuses, previous = set(), 0, ""
     for count, (opcode, argument, _) in enumerate(pickletools.genops(pickle)):
         name = opcode.name
         if name == "GLOBAL" and argument not in CLASSES:
             raise ValueError(f"it contains {short(argument)}, which is not a plain value")
         if name.endswith("PUT") and previous.startswith(("TUPLE", "EMPTY", "REDUCE")):
             containers.add(argument)
-        num_references += name.endswith("GET") and argument in containers
-        if count > MAX_VALUES or num_references > 16:
+        num_reuses += name.endswith("GET") and argument in containers
+        if count > MAX_OPCODES or num_reuses > MAX_REUSES:
             raise ValueError("it has too many values")
         previous = name
 
@@ -649,14 +681,22 @@ def _validate_checkpoint(content: dict[str, Any], num_bytes: int) -> None:
     scale = model["logit_scale"]
     if scale.ndim or not abs(scale.item()) <= math.log(MAX_LOGIT_SCALE) + 1e-4:
         raise ValueError("its logit_scale is not a number within the clamp")
-    check(fields, SCHEMA, "its content")
+    check_value(fields, SCHEMA, "its content")
     for name, value in fields["text_encoder"].items():
-        counts_layers = "layers" in str(name) or "group" in str(name)
-        integers = range(101) if counts_layers else range(-100, 1_000_001)
-        rates = (0.0, 1.0 if "drop" in str(name) else 1e6)
-        rule = [integers, {None}] if counts_layers else [integers, rates, {None, True, False}]
-        rule += [100, list, dict]
-        check(value, rule, f"its text encoder's {short(name)}")
+        check_value(value, _text_setting_rule(str(name)), f"its text encoder's {short(name)}")
+
+
+def _text_setting_rule(name: str) -> list[Any]:
+    """The values that `config.check_value` allows for a setting of a text encoder.
+
+    Numbers of layers and of groups are at most 100, other integers a million, and rates of dropout
+    lie in [0, 1]. Texts have at most 100 characters.
+    """
+    if "layers" in name or "group" in name:
+        return [range(101), {None}, MaxLength(100), list, dict]
+    largest = 1.0 if "drop" in name else 1e6
+    numbers = [range(-100, 1_000_001), (0.0, largest)]
+    return [*numbers, {None, True, False}, MaxLength(100), list, dict]
 
 
 def _check_tensors(groups: dict[Any, dict[str, Any]], num_bytes: int) -> None:
@@ -679,11 +719,11 @@ def _is_dense(tensor: Any) -> bool:
     """Whether it is a tensor of numbers that fills its storage, in any order of dimensions."""
     if type(tensor) is not Tensor or tensor.dtype not in DTYPES or tensor.requires_grad:
         return False
-    strides = tensor.squeeze()  # of dimensions of one element the stride has no meaning
-    order = sorted(range(strides.ndim), key=strides.stride, reverse=True)  # such as channels_last
+    squeezed = tensor.squeeze()  # of dimensions of one element the stride has no meaning
+    order = sorted(range(squeezed.ndim), key=squeezed.stride, reverse=True)  # as channels_last
     num_bytes = tensor.numel() * tensor.element_size()
     fills = num_bytes == tensor.untyped_storage().nbytes()
-    return fills and not tensor.is_neg() and strides.permute(order).is_contiguous()
+    return fills and not tensor.is_neg() and squeezed.permute(order).is_contiguous()
 
 
 def _checkpoint_of(content: dict[str, Any], checksums: list[tuple[str, int]]) -> Checkpoint:
@@ -728,6 +768,64 @@ def _validate_references(references: References, projection_dim: int) -> None:
             raise ValueError("its references are not unit vectors of its embedding dimension")
 
 
+def read_tokenizer(text: str) -> Tokenizer:
+    """A tokenizer of known components, with padding and truncation, from its JSON text.
+
+    Raises an exception if it has other components, or does not pad and truncate.
+    """
+    parts = json.loads(text)
+    for part, rules in (("padding", PADDING), ("truncation", TRUNCATION)):
+        if not parts.get(part) or parts[part].keys() != rules.keys():
+            raise ValueError(f"its tokenizer has no {part}")
+        check_value(parts[part], rules, f"its {part}")
+    for part, known in TOKENIZER_PARTS.items():
+        _check_components(parts.get(part), known.split())
+    tokenizer = Tokenizer.from_str(json.dumps(parts))
+    examples = tokenizer.encode_batch(["a", "a large gr\u00fcn \u4e2d \U0001f600 " * 200])
+    lengths = {len(example.ids) for example in examples}
+    largest_id = max(max(example.ids) for example in examples)
+    if len(lengths) > 1 or max(lengths) > parts["truncation"]["max_length"]:
+        raise ValueError("its tokenizer does not pad and truncate")
+    if largest_id > max(tokenizer.get_vocab().values()) or parts["model"].get("dropout"):
+        raise ValueError("its tokenizer gives other ids than those of its vocabulary")
+    return tokenizer
+
+
+def _check_components(component: Any, known: list[str]) -> None:
+    """Raises an exception for components that are unknown, repeat, or make a text long."""
+    pending, kinds = [component] if component else [], []
+    while pending:
+        component = pending.pop()
+        kind = component["type"]
+        if kind == "Sequence":  # its components are its only list
+            pending += next(value for value in component.values() if type(value) is list)
+            continue
+        is_repeated = kind in kinds and kind != "Replace"
+        if kind not in known or is_repeated or len(kinds) > 10 or not _is_bounded(component):
+            raise ValueError(f"its tokenizer has {short(kind)}, which is not allowed")
+        kinds.append(kind)
+
+
+def _is_bounded(component: dict[str, Any]) -> bool:
+    """Whether a component replaces each letter by a few and adds a few tokens."""
+    if component["type"] == "Replace":
+        return component["pattern"] in REPLACED and len(component["content"]) <= 1
+    if component["type"] == "Precompiled":  # size of a trie, the trie, and what replaces letters
+        table = base64.b64decode(component["precompiled_charsmap"])
+        replacements = table[4 + int.from_bytes(table[:4], "little") :]
+        return max(map(len, replacements.split(b"\0"))) <= 64
+    if component["type"] == "TemplateProcessing":
+        added = [
+            piece["SpecialToken"]["id"]
+            for piece in component["single"]
+            if len(piece) == 1 and "SpecialToken" in piece
+        ]
+        tokens = component["special_tokens"]
+        has_ids = all(len(tokens[name]["ids"]) == 1 for name in added)
+        return has_ids and len(added) == len(component["single"]) - 1 <= 8
+    return True
+
+
 def load_tower(checkpoint: Checkpoint, part: str) -> Tower:
     """The "image" or the "text" tower of a checkpoint, in evaluation mode."""
     prefix = f"{part}."
@@ -755,7 +853,7 @@ def _build_and_load(build: Callable[[], Any], state: dict[str, Tensor], what: st
     Names and shapes are compared on the meta device first, before memory is allocated. Raises
     `UserError` if they differ or the module cannot be built.
     """
-    import torch._dynamo
+    import torch._dynamo  # some encoders do, which fails on the meta device (torch 2.6)
 
     try:
         with torch.device("meta"):

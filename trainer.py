@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from config import (
     DEMO_DEFAULTS,
     Config,
     UserError,
-    check,
+    check_value,
     cli_errors,
     parse,
     printable,
@@ -86,11 +87,11 @@ MAY_CHANGE_ON_RESUME = {"chunk_size", "data_dir", "download_url", "device", "epo
 MAY_CHANGE_ON_RESUME |= {"num_workers", "resume", "allow_changed_data"}
 # The settings that `--init-from` takes from the checkpoint.
 ARCHITECTURE = ("image_encoder", "text_encoder", "text_layers", "text_width", "projection_dim")
-ARCHITECTURE += ("max_length",)
+ARCHITECTURE += ("max_length", "temperature")
 LOCK = ".lock"  # in a run's folder while a process trains the run; contains the process's id
 LOG_EVERY = 10  # steps; reading a loss waits for the device
 SAVE_SECONDS = 60  # at least, between the checkpoints of two epochs
-SCALER = {  # the state of a gradient scaler, as rules for `check`
+SCALER_RULES = {  # of the state of a gradient scaler, for `check_value`
     "scale": (1e-30, 1e30),
     "growth_factor": (1.0, 100.0),
     "backoff_factor": (0.0, 1.0),
@@ -111,14 +112,7 @@ def main(argv: list[str] | None = None) -> None:
         checkpoint = load_checkpoint(config.init_from)
         config = initialized_config(argv, checkpoint, config.init_from)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as on Ctrl-C
-    try:
-        train(config, checkpoint)
-    except KeyboardInterrupt:
-        last = Path("runs", config.name, "last.pt")
-        if not last.exists():
-            sys.exit("stopped")
-        command = f"python trainer.py --resume {shlex.quote(str(last))}"
-        sys.exit(f"stopped; resume with: {printable(command)}")
+    train(config, checkpoint)
 
 
 def resumed_config(argv: list[str] | None, checkpoint: Checkpoint, path: str) -> Config:
@@ -174,7 +168,7 @@ def initialized_config(argv: list[str] | None, checkpoint: Checkpoint, path: str
     settings = {name: getattr(checkpoint.config, name) for name in inherited}
     saved = Config(**settings, pretrained=True, init_from=path)
     config = parse(Config, argv, default=saved)
-    check_unchanged(config, saved, [*ARCHITECTURE, "demo"])
+    check_unchanged(config, saved, ARCHITECTURE)
     return config
 
 
@@ -183,8 +177,12 @@ def check_unchanged(config: Config, saved: Config, names: Iterable[str]) -> None
     for name in names:
         old, new = getattr(saved, name), getattr(config, name)
         if old != new:
-            flag = f"--{name.replace('_', '-')}"
-            raise UserError(f"{flag} {new}: the checkpoint has {old}; leave the flag out")
+            flag = name.replace("_", "-")
+            if isinstance(new, bool):
+                typed = f"--{flag}" if new else f"--no-{flag}"
+            else:
+                typed = f"--{flag} {new}"
+            raise UserError(f"{typed}: the checkpoint has {old}; leave the flag out")
 
 
 # ---------------------------------------------------------------- processes
@@ -212,7 +210,7 @@ class Distributed:
     """This process among those that torchrun started, and the device that it trains on."""
 
     device: torch.device
-    precision: torch.dtype  # of the encoders in training
+    precision: torch.dtype  # of the forward pass in training
     rank: int
     world_size: int
 
@@ -262,7 +260,8 @@ class Distributed:
 
             convert_sync_batchnorm(model)
         ddp_model = DistributedDataParallel(model, static_graph=True, gradient_as_bucket_view=True)
-        ddp_model.broadcast_buffers = False  # the constructor's argument has two names
+        # Buffers are fixed, local or synchronized. Not an argument: torch has renamed it.
+        ddp_model.broadcast_buffers = False
         return ddp_model
 
     def all_gather(self, local: Tensor) -> Tensor:
@@ -270,7 +269,7 @@ class Distributed:
         return local if self.world_size == 1 else _AllGather.apply(local)
 
     def all_reduce_mean(self, values: Tensor) -> Tensor:
-        """The mean of `values` over the processes."""
+        """The mean of `values` over the processes; `values` is overwritten."""
         if self.world_size > 1:
             torch.distributed.all_reduce(values)
         return values / self.world_size
@@ -299,7 +298,7 @@ class Distributed:
 
 
 def _training_precision(config: Config, device: torch.device) -> torch.dtype:
-    """The encoders' dtype; for "auto" bfloat16 or float16 on CUDA, whichever the GPU supports."""
+    """The dtype of autocast; for "auto" bfloat16 or float16 on CUDA, whichever the GPU supports."""
     if config.precision != "auto":
         return getattr(torch, config.precision)
     if device.type != "cuda":
@@ -322,7 +321,7 @@ class Run:
     ddp_model: nn.Module  # `model` itself if there is one process
     tokenizer: Tokenizer
     splits: dict[str, Split]
-    data: dict[str, dict[str, Any]]  # the digest of the splits
+    data_digest: dict[str, dict[str, Any]]  # see `data_digest`
     loader: DataLoader  # of the training batches of all epochs that remain
     dev_loader: DataLoader  # of the dev images
     optimizer: torch.optim.Optimizer
@@ -340,16 +339,22 @@ class Run:
 
 def train(config: Config, checkpoint: Checkpoint | None) -> None:
     """Trains from the start or from a checkpoint, and scores the best epoch on the test split."""
-    is_main = os.environ.get("RANK", "0") == "0"
-    with lock_run_dir(Path("runs", config.name)) if is_main else nullcontext():
-        run = setup(config, checkpoint)
+    dist = Distributed.init(config)
+    with lock_run_dir(Path("runs", config.name)) if dist.is_main else nullcontext():
+        run = setup(config, checkpoint, dist)
         print_summary(run)
-        if run.dist.is_main:
+        if dist.is_main:
             open_run_dir(run)
-        train_epochs(run)
-        if run.dist.is_main:
-            test_best(run)
-        run.dist.close()
+        try:
+            train_epochs(run)
+            if dist.is_main:
+                test_best(run)
+        except KeyboardInterrupt:
+            command = f"python trainer.py --resume {shlex.quote(str(run.run_dir / 'last.pt'))}"
+            sys.exit(f"stopped; resume with: {printable(command)}")
+        if run.writer:
+            run.writer.close()
+        dist.close()
 
 
 @contextmanager
@@ -431,12 +436,10 @@ def train_step(run: Run, batch: dict[str, Any]) -> Tensor:
     """One optimizer step on this process's part of a batch; returns its loss, on the device."""
     config, dist = run.config, run.dist
     # 1. Move the batch to the device.
-    pixels = batch["pixels"].to(dist.device, non_blocking=True)  # (b, 3, S, S)
-    texts = []
-    for ids, mask in batch["texts"]:
-        texts.append(
-            (ids.to(dist.device, non_blocking=True), mask.to(dist.device, non_blocking=True))
-        )
+    to_device = partial(Tensor.to, device=dist.device, non_blocking=True)
+    pixels = to_device(batch["pixels"])  # (b, 3, S, S)
+    texts = [(to_device(ids), to_device(mask)) for ids, mask in batch["texts"]]
+    caption_ids = to_device(batch["caption_ids"])  # (b,)
 
     # 2. Encode. Autocast caches 16-bit copies of the weights, in which the gradients of all chunks
     # would be summed in 16 bits. Without the cache each chunk's gradient is added in float32.
@@ -455,7 +458,6 @@ def train_step(run: Run, batch: dict[str, Any]) -> Tensor:
     all_images = dist.all_gather(image_embeddings)  # (B, D)
     all_texts = dist.all_gather(text_embeddings)  # (B, D)
     local_slice = dist.local_slice(config.batch_size)
-    caption_ids = batch["caption_ids"].to(dist.device, non_blocking=True)
     all_ids = dist.all_gather(caption_ids)  # (B,)
     loss = contrastive_loss(all_images, all_texts, logit_scale, local_slice, all_ids)
 
@@ -494,7 +496,7 @@ def seed_epoch(seed: int, epoch: int, rank: int) -> None:
 
 
 def reduce_losses(run: Run, losses: list[Tensor], last_step: int) -> list[float]:
-    """The losses of whole batches, up to that of `last_step`: the mean over the processes.
+    """The mean over the processes of the loss of each step, of which the last is `last_step`.
 
     Raises `UserError` if one is not finite.
     """
@@ -511,9 +513,8 @@ def reduce_losses(run: Run, losses: list[Tensor], last_step: int) -> list[float]
 # ---------------------------------------------------------------- setup
 
 
-def setup(config: Config, checkpoint: Checkpoint | None) -> Run:
+def setup(config: Config, checkpoint: Checkpoint | None, dist: Distributed) -> Run:
     """Everything of a run, ready for its next epoch."""
-    dist = Distributed.init(config)
     dist.local_slice(config.batch_size)  # raises if the batch cannot be divided
     run_dir = Path("runs") / config.name
     if dist.is_main:
@@ -522,7 +523,15 @@ def setup(config: Config, checkpoint: Checkpoint | None) -> Run:
 
     torch.manual_seed(config.seed)
     model, tokenizer, splits = setup_model_and_data(config, checkpoint, dist)
-    config = replace(config, drop_path=model.image.encoder.drop_path)  # the default may be 0
+    digest = data_digest(splits)
+    saved_digest = checkpoint.training.data if config.resume else None
+    if saved_digest and not config.allow_changed_data:
+        check_data_unchanged(saved_digest, digest, config)
+    else:
+        check_images(splits)
+
+    # -1, the default, becomes the encoder's rate: 0 if it has no stochastic depth.
+    config = replace(config, drop_path=model.image.encoder.drop_path)
     if config.pretrained:
         freeze(model.image.encoder, config.freeze_image_encoder)
         freeze(model.text.encoder, config.freeze_text_encoder)
@@ -536,7 +545,8 @@ def setup(config: Config, checkpoint: Checkpoint | None) -> Run:
         splits["train"], tokenizer, config, dist.device, dist.rank, dist.world_size, start_epoch
     )
     dev_loader = build_image_loader(model.image, splits["dev"].paths, config, dist.device)
-    optimizer = torch.optim.AdamW(param_groups(model, config), fused=True)
+    fused = dist.device.type in ("cpu", "cuda")  # not in every torch on other devices
+    optimizer = torch.optim.AdamW(param_groups(model, config), fused=fused)
     total_steps = config.epochs * loader.batch_sampler.steps_per_epoch
     scheduler = LambdaLR(optimizer, warmup_then_cosine(total_steps, config.warmup))
     use_scaler = dist.precision is torch.float16
@@ -549,7 +559,7 @@ def setup(config: Config, checkpoint: Checkpoint | None) -> Run:
         ddp_model=ddp_model,
         tokenizer=tokenizer,
         splits=splits,
-        data=data_digest(splits),
+        data_digest=digest,
         loader=loader,
         dev_loader=dev_loader,
         optimizer=optimizer,
@@ -566,9 +576,12 @@ def check_run_dir(run_dir: Path, config: Config, checkpoint: Checkpoint | None) 
     """Raises `UserError` if a run would be overwritten, or resumed without all of its files."""
     last, best = run_dir / "last.pt", run_dir / "best.pt"
     is_default_demo = config.demo and config.name == DEMO_DEFAULTS["name"]
-    if not config.resume and last.exists() and not is_default_demo:
+    may_replace = config.resume or is_default_demo
+    if last.exists() and not may_replace:
         quoted = shlex.quote(str(last))
         raise UserError(f"{last} exists: resume it with --resume {quoted}, or pass another --name")
+    if best.exists() and not may_replace:
+        raise UserError(f"{best} exists: pass another --name")
     is_outside = config.resume and not same_folder(Path(config.resume).parent, run_dir)
     if is_outside and any(path.name != LOCK for path in run_dir.glob("*")):
         raise UserError(
@@ -585,11 +598,6 @@ def setup_model_and_data(
     """The model of a checkpoint, of pretrained encoders or from scratch; and the splits."""
     if checkpoint:
         splits = load_splits(config, dist)
-        digest = checkpoint.training.data if config.resume else None
-        if digest and not config.allow_changed_data:
-            check_data_unchanged(digest, splits, config)
-        else:
-            check_images(splits)
         if config.init_from:  # the new run has its own dropout and stochastic depth
             checkpoint = replace(checkpoint, config=config)
         return load_clip(checkpoint), checkpoint.tokenizer, splits
@@ -598,11 +606,8 @@ def setup_model_and_data(
         names = printable(f"{config.text_encoder} and {config.image_encoder}")
         print(f"model: loading the pretrained {names}")
         model, tokenizer = build_clip(config)
-        splits = load_splits(config, dist)
-        check_images(splits)
-        return model, tokenizer, splits
+        return model, tokenizer, load_splits(config, dist)
     splits = load_splits(config, dist)
-    check_images(splits)
     model, tokenizer = build_clip(config, captions=splits["train"].texts)
     return model, tokenizer, splits
 
@@ -684,7 +689,7 @@ def restore(run: Run, training: TrainingState, path: str) -> None:
     """
     try:
         check_history(training.history, run.config)
-        check(training.scaler, SCALER, "its scaler")
+        check_value(training.scaler, SCALER_RULES, "its scaler")
         num_steps = len(training.history) * run.steps_per_epoch
         state = optimizer_state(run.optimizer, training, num_steps)
     except (ValueError, KeyError, AttributeError) as error:
@@ -722,18 +727,21 @@ def _hash(value: list) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def check_data_unchanged(saved: dict[str, Any], splits: dict[str, Split], config: Config) -> None:
-    """Raises `UserError` if the splits are not those of the checkpoint. Pixels are not compared."""
+def check_data_unchanged(saved: dict[str, Any], digest: dict[str, Any], config: Config) -> None:
+    """Raises `UserError` if the splits are not those of the checkpoint. Pixels are not compared.
+
+    `saved` is the `data_digest` of the checkpoint, `digest` that of the data now.
+    """
     changes = []
-    for name, current in data_digest(splits).items():
+    for name, current in digest.items():
         before = saved.get(name) if type(saved.get(name)) is dict else {}
-        for what, number in (("image names", "images"), ("texts", "captions")):
-            if before.get(number) != current[number]:
+        for count, content in (("images", "image names"), ("captions", "texts")):
+            if before.get(count) != current[count]:
                 changes.append(
-                    f"{name} has {current[number]} {number}, not {short(before.get(number))}"
+                    f"{name} has {current[count]} {count}, not {short(before.get(count))}"
                 )
-            elif before.get(what) != current[what]:
-                changes.append(f"{name} has other {number}")
+            elif before.get(content) != current[content]:
+                changes.append(f"{name} has other {count}")
     if changes:
         raise UserError(
             f"{config.data_dir}: is not the data that the run was started with: "
@@ -747,7 +755,7 @@ def check_history(history: list[Any], config: Config) -> None:
     for epoch, row in enumerate(history, start=1):
         if type(row) is not dict or row.keys() != numbers.keys() or epoch > config.epochs:
             raise ValueError(f"its history has no such row as epoch {epoch} of metrics.csv")
-        check(row, numbers | {"epoch": {epoch}}, "its history")
+        check_value(row, numbers | {"epoch": {epoch}}, "its history")
 
 
 def optimizer_state(
@@ -767,6 +775,7 @@ def optimizer_state(
         for name in ("exp_avg", "exp_avg_sq"):
             if state[name].shape != parameters[index].shape or not state[name].is_floating_point():
                 raise ValueError(f"its optimizer state {index} does not fit its parameter")
+        # A scalar; `sum` also takes a tensor of another shape, which a file may contain.
         step = state["step"].sum().item() if training.scaler else num_steps
         if not 0 <= step < 2**24:
             raise ValueError(f"its optimizer has made {step} steps")
@@ -807,8 +816,8 @@ def open_run_dir(run: Run) -> None:
     else:
         save_checkpoint(run)
         write_metrics(run)
-        for leftover in ("best.pt", "test.json", "curves.png"):  # of an earlier demo
-            (run.run_dir / leftover).unlink(missing_ok=True)
+        for former in ("best.pt", "test.json", "curves.png"):  # of an earlier demo
+            (run.run_dir / former).unlink(missing_ok=True)
 
 
 def validate_and_save(run: Run, loss: float, seconds: float) -> None:
@@ -853,6 +862,7 @@ def save_checkpoint(run: Run) -> None:
     """
     content = checkpoint_of(run)
     if run.best_weights:
+        (run.run_dir / "test.json").unlink(missing_ok=True)  # of the former best.pt
         best = content | {"model": run.best_weights}
         atomic_write(run.run_dir / "best.pt", lambda file: torch.save(best, file))
         run.best_weights = {}
@@ -861,7 +871,7 @@ def save_checkpoint(run: Run) -> None:
         "schedule": run.scheduler.state_dict(),  # the name in the file format
         "scaler": run.scaler.state_dict(),
         "history": run.history,
-        "data": run.data,
+        "data": run.data_digest,
     }
     atomic_write(run.run_dir / "last.pt", lambda file: torch.save(content, file))
     run.saved_at = time.monotonic()

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -48,6 +49,10 @@ CONFIG = Config(
     dropout=0.1,
     drop_path=0.0,
 )
+
+
+# Of pretrained encoders, whose size is not chosen.
+PRETRAINED_CONFIG = replace(CONFIG, pretrained=True, text_layers=0, text_width=0)
 
 
 def pytest_configure(config: pytest.Config) -> None:

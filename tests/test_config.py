@@ -354,6 +354,7 @@ def test_settings_are_frozen(settings: Config | SearchConfig):
         (["--serve", "--like", "x.jpg"], "--like: has no effect with --serve"),
         (["--serve", "--image", "x.jpg"], "--image: has no effect with --serve"),
         (["--serve", "--evaluate"], "--evaluate: has no effect with --serve"),
+        (["--evaluate", "--output", "x.csv"], "--output: has no effect with --evaluate"),
         (["--serve", "--output", "x.png"], "--output: has no effect with --serve"),
         (["--port", "80"], "--host and --port: have no effect without --serve"),
         (["--serve", "--port", "65536"], "--port 65536: must be between 1 and 65535"),
@@ -364,6 +365,11 @@ def test_search_config_rejects_flags_without_effect(arguments, message, capsys):
         parse(SearchConfig, ["--weights", "best.pt", *arguments])
     assert stop.value.code == 2
     assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_config_rejects_demo_with_init_from():
+    with pytest.raises(ValueError, match=r"--init-from: .* --demo"):
+        Config(demo=True, init_from="best.pt")
 
 
 def test_config_rejects_resume_with_init_from():

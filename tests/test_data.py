@@ -708,9 +708,21 @@ def test_read_splits_rejects_empty_split(tmp_path: Path, lists: dict[str, list[s
     assert f"the {empty} split has no image in {tmp_path / 'Images'}" in message
 
 
-@pytest.mark.parametrize("table", ["image,caption\n", TABLE])
-def test_hash_split_rejects_too_few_images(tmp_path: Path, table: str):
-    assert "split has no image" in user_error(read_splits, kaggle_layout(tmp_path, table))
+@pytest.mark.parametrize(("table", "count"), [("image,caption\n", 0), (TABLE, 3)])
+def test_hash_split_rejects_too_few_images(tmp_path: Path, table: str, count: int):
+    message = user_error(read_splits, kaggle_layout(tmp_path, table))
+    assert message.endswith(f"at least 10 images with captions are needed, but there are {count}")
+
+
+def test_split_list_rejects_the_end_of_two_paths(tmp_path: Path) -> None:
+    """Which of the two files were meant would otherwise depend on the process."""
+    folder = kaggle_layout(tmp_path, "image,caption\nx/z.jpg,a dog\ny/z.jpg,a cat\n")
+    for name in ("x", "y"):
+        (folder / "Images" / name).mkdir()
+        (folder / "Images" / name / "z.jpg").touch()
+    write_files(folder, split_lists({"train": ["x/z.jpg", "z.jpg"], "dev": [], "test": []}))
+    message = user_error(read_splits, folder)
+    assert "Flickr_8k.trainImages.txt, row 2: 'z.jpg' could be any of" in message
 
 
 # ---------------------------------------------------------------- errors in the files

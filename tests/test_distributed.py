@@ -52,7 +52,8 @@ def record_five_steps(*flags: str) -> Steps:
     Returns the losses of the whole batches, the gradients of each step, and the parameters before
     and after all steps.
     """
-    run = trainer.setup(parse(Config, list(flags)), None)
+    config = parse(Config, list(flags))
+    run = trainer.setup(config, None, trainer.Distributed.init(config))
     trainer.set_train_mode(run.model, run.config)
     for module in run.model.modules():
         if isinstance(module, nn.Dropout):

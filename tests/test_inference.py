@@ -690,13 +690,36 @@ def test_searcher_takes_paths_and_pil_images(checkpoint: Path, image_dir: Path) 
     assert [match.score for match in ours] == [match.score for match in theirs]
 
 
+def test_searcher_leaves_a_pil_image_as_it_was(checkpoint: Path, tmp_path: Path) -> None:
+    """A large JPEG file is decoded at a part of its size, but not one that is open already."""
+    Image.new("RGB", (2000, 1600), "red").save(tmp_path / "large.jpg")
+    with Image.open(tmp_path / "large.jpg") as image:
+        Searcher(checkpoint, "cpu", 0).encode_images([image])
+        assert image.size == (2000, 1600)
+
+
 def test_searcher_takes_a_string_as_one_query(checkpoint: Path, image_dir: Path) -> None:
     searcher = Searcher(checkpoint, "cpu", 0)
     (matches,) = searcher.search(QUERIES[0], image_dir, 3)
     assert matches == searcher.search([QUERIES[0]], image_dir, 3)[0]
+    assert len(searcher.encode_texts(QUERIES[0])) == 1
+    (match,) = searcher.classify(matches[0].path, QUERIES[0])
+    assert (match.query, match.score) == (QUERIES[0], 1.0)
     for action in (lambda: searcher.search([], image_dir), lambda: searcher.encode_texts([])):
         with pytest.raises(UserError, match="at least one"):
             action()
+
+
+def test_searcher_rejects_no_matches(checkpoint: Path, image_dir: Path) -> None:
+    searcher = Searcher(checkpoint, "cpu", 0)
+    image = next(image_dir.glob("*.png"))
+    for search in (
+        lambda: searcher.search(QUERIES, image_dir, 0),
+        lambda: searcher.similar(image, image_dir, -1),
+        lambda: searcher.classify(image, QUERIES, 0),
+    ):
+        with pytest.raises(UserError, match="must be at least 1"):
+            search()
 
 
 def test_index_images_returns_embeddings_to_save(corrected: Path, image_dir: Path) -> None:

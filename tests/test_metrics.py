@@ -159,12 +159,12 @@ def test_retrieval_metrics_count_every_image_of_a_text(
 
 
 def class_prompts(folder: Path, count: int = 120) -> Split:
-    """Images of 8 brightnesses, each with the prompt of its class, with different white space."""
+    """Images of 8 brightnesses, each with the prompt of its class."""
     paths, captions = [], []
     for i in range(count):
         paths.append(folder / f"{i}.png")
         Image.new("L", (32, 32), 30 * (i % 8)).save(paths[-1])
-        captions.append([f"a photo of{' ' * (1 + i // 60)}class {i % 8}"])
+        captions.append([f"a photo of class {i % 8}"])
     return Split(paths, captions)
 
 

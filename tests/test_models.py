@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import CAPTIONS, CONFIG, ROOT, build, random_pixels, script
+from conftest import CAPTIONS, CONFIG, PRETRAINED_CONFIG, ROOT, build, random_pixels, script
 from PIL import Image
 from timm.layers import DropPath
 from timm.models import save_for_hf
@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from transformers import (
+    CONFIG_MAPPING,
     AutoModel,
     DistilBertConfig,
     DistilBertModel,
@@ -136,10 +137,9 @@ def backbones(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def pretrained_config(backbones: dict[str, Path]) -> Config:
     return replace(
-        CONFIG,
+        PRETRAINED_CONFIG,
         image_encoder=f"local-dir:{backbones['image']}",
         text_encoder=str(backbones["text"]),
-        pretrained=True,
     )
 
 
@@ -447,7 +447,8 @@ def test_run_saves_the_drop_path_that_it_has(
     """Its checkpoints contain the rate itself, not that it was left to the encoder."""
     flags = ["--demo", "--data-dir", str(shapes), "--image-encoder", name, "--drop-path", "-1"]
     flags += ["--image-size", "32", "--batch-size", "8", "--device", "cpu", "--num-workers", "0"]
-    run = trainer.setup(parse(Config, flags), None)
+    config = parse(Config, flags)
+    run = trainer.setup(config, None, trainer.Distributed.init(config))
     assert run.config.drop_path == rate
     content = trainer.checkpoint_of(run)
     assert content["config"]["drop_path"] == rate
@@ -479,13 +480,14 @@ def test_build_clip_loads_pretrained_folders_exactly(backbones: dict[str, Path])
         assert tokenizer.encode(caption).ids == stored.encode(caption).ids
 
 
+@pytest.mark.parametrize("pretrained", [True, False], ids=["pretrained", "from scratch"])
 def test_build_text_encoder_converts_half_precision_to_float32(
-    backbones: dict[str, Path], tmp_path: Path
+    pretrained: bool, backbones: dict[str, Path], tmp_path: Path
 ) -> None:
     folder = tmp_path / "half"
     shutil.copytree(backbones["text"], folder)
     AutoModel.from_pretrained(backbones["text"]).half().save_pretrained(folder)
-    config = replace(CONFIG, text_encoder=str(folder), pretrained=True)
+    config = replace(PRETRAINED_CONFIG, text_encoder=str(folder), pretrained=pretrained)
     encoder, _ = build_text_encoder(config)
     assert {parameter.dtype for parameter in encoder.parameters()} == {torch.float32}
 
@@ -508,11 +510,25 @@ def test_unavailable_encoder_error_lists_the_alternatives(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    config = replace(CONFIG, text_encoder=name, image_encoder=name, pretrained=True)
+    config = replace(PRETRAINED_CONFIG, text_encoder=name, image_encoder=name)
     message = user_error(build_encoder, config)
     assert message.startswith(f"{flag} {name}: ")
     assert "--no-pretrained" in message
     assert "--demo" in message
+
+
+def test_unavailable_encoder_from_scratch_is_not_told_to_be_from_scratch() -> None:
+    message = user_error(build_image_encoder, replace(CONFIG, image_encoder="resnet5"))
+    assert message.startswith("--image-encoder resnet5: cannot be loaded")
+    assert "--no-pretrained" not in message
+
+
+@pytest.mark.parametrize("flags", [{"text_layers": 2}, {"text_width": 64}])
+def test_size_of_a_pretrained_text_encoder_cannot_be_chosen(
+    flags: dict[str, int], backbones: dict[str, Path]
+) -> None:
+    config = replace(pretrained_config(backbones), **flags)
+    assert "--no-pretrained" in user_error(build_text_encoder, config)
 
 
 @pytest.mark.parametrize(
@@ -539,7 +555,7 @@ def test_build_encoder_rejects_a_folder_with_damaged_weights(
         content = file.read_bytes()[:-100]
     file.write_bytes(content)
     name = f"local-dir:{folder}" if part == "image" else str(folder)
-    config = replace(CONFIG, pretrained=True, **{f"{part}_encoder": name})
+    config = replace(PRETRAINED_CONFIG, **{f"{part}_encoder": name})
     message = user_error(build_encoder, config)
     assert message.startswith(f"--{part}-encoder {name}: cannot be loaded")
 
@@ -549,13 +565,7 @@ def test_build_encoder_rejects_a_folder_with_damaged_weights(
 def test_build_text_encoder_rejects_a_folder_of_another_model(
     folder: str, pretrained: bool, backbones: dict[str, Path]
 ) -> None:
-    config = replace(
-        CONFIG,
-        text_encoder=str(backbones[folder]),
-        pretrained=pretrained,
-        text_layers=0,
-        text_width=0,
-    )
+    config = replace(PRETRAINED_CONFIG, text_encoder=str(backbones[folder]), pretrained=pretrained)
     message = user_error(build_text_encoder, config, CAPTIONS)
     assert message.startswith(f"--text-encoder {backbones[folder]}: ")
 
@@ -578,6 +588,29 @@ def test_text_encoder_feature_dim_is_its_hidden_size(small_model: tuple[CLIP, To
     encoder: TextEncoder = model.text.encoder
     assert encoder.feature_dim == CONFIG.text_width
     assert encoder(*tokenize(tokenizer, CAPTIONS)).shape == (4, encoder.feature_dim)
+
+
+@pytest.mark.skipif("modernbert" not in CONFIG_MAPPING, reason="newer than this transformers")
+@pytest.mark.parametrize("layers", [2, 25])
+def test_modernbert_of_any_depth_is_restored_from_its_checkpoint(
+    layers: int, tmp_path: Path
+) -> None:
+    """Its configuration lists the kind of attention of each layer, 22 by default."""
+    config = replace(CONFIG, text_encoder="modernbert", text_layers=layers)
+    model, tokenizer = build(config)
+    restored = load_clip(save_and_load(tmp_path / "w.pt", model, tokenizer, config))
+    assert_same_state(restored, model)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("microsoft/deberta-v3-small", "deberta-v2"), ("nomic-ai/nomic-bert-2048", "nomic_bert")],
+)
+def test_name_of_the_hub_chooses_its_architecture(name: str, kind: str) -> None:
+    pytest.importorskip(f"transformers.models.{kind.replace('-', '_')}")
+    config = replace(CONFIG, text_encoder=name)
+    encoder, _ = build_text_encoder(config, CAPTIONS)
+    assert encoder.model.config.model_type == kind
 
 
 @pytest.mark.parametrize("width", [1, 48, 200, 400])

@@ -504,12 +504,18 @@ def test_search_accepts_any_query_and_n_above_image_count(
         pytest.param(b"caf\xe9\n", id="not UTF-8"),
     ],
 )
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # the locale determines it
 def test_search_rejects_stdin_without_query(
-    content: bytes, checkpoint: Path, images: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    content: bytes,
+    errors: str,
+    checkpoint: Path,
+    images: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     (tmp_path / "queries.txt").write_bytes(content)
     flags = ["--weights", checkpoint, "--images", images, "--query", "-", *SEARCH]
-    with (tmp_path / "queries.txt").open(encoding="utf-8") as stdin:
+    with (tmp_path / "queries.txt").open(encoding="utf-8", errors=errors) as stdin:
         monkeypatch.setattr("sys.stdin", stdin)
         message = error_message(search, *flags)
     assert "--query" in message

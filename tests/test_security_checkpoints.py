@@ -574,7 +574,8 @@ def restored(shapes: Path) -> trainer.Run:
     """The run that resumes from `LAST`."""
     checkpoint = load_checkpoint(LAST)
     flags = ["--resume", str(LAST), "--data-dir", str(shapes)]
-    return trainer.setup(trainer.resumed_config(flags, checkpoint, str(LAST)), checkpoint)
+    config = trainer.resumed_config(flags, checkpoint, str(LAST))
+    return trainer.setup(config, checkpoint, trainer.Distributed.init(config))
 
 
 def test_resume_takes_rates_and_steps_from_the_settings(

@@ -158,7 +158,8 @@ def test_training_in_bfloat16_learns_on_the_cpu(workdir):
 def test_setup_keeps_only_depthwise_kernels_in_float32(workdir, shapes):
     flags = ["--demo", *SMALL, "--data-dir", str(shapes)]
     flags += ["--image-encoder", "mobilenetv3_small_050"]
-    image = trainer.setup(parse(Config, flags), None).model.image
+    config = parse(Config, flags)
+    image = trainer.setup(config, None, trainer.Distributed.init(config)).model.image
     dtypes: dict[bool, set] = {True: set(), False: set()}  # by whether a kernel is depthwise
     for module in image.modules():
         if isinstance(module, torch.nn.Conv2d):
@@ -424,6 +425,18 @@ def test_resume_needs_no_other_flag(trained, workdir, shapes, monkeypatch, step)
     pd.testing.assert_frame_equal(curve(workdir / "runs/mine"), curve(trained))
 
 
+def test_new_best_weights_remove_the_metrics_of_the_former(trained, workdir, shapes, monkeypatch):
+    """A run that is resumed with more epochs and stopped has no test.json of another best.pt."""
+    shutil.copytree(trained, workdir / "runs/demo")
+    monkeypatch.setattr(trainer, "best_epoch", len)
+    monkeypatch.setattr(trainer, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(trainer, "contrastive_loss", at_step(STEPS + 1, KeyboardInterrupt()))
+    flags = ["--epochs", "4", "--data-dir", shapes]
+    error_message(main, "--resume", "runs/demo/last.pt", *flags)
+    assert len(load_checkpoint("runs/demo/last.pt").training.history) == 3
+    assert names_in(workdir / "runs/demo") == sorted(set(FILES) - {"test.json"})
+
+
 def test_last_pt_is_complete_before_the_first_step(workdir, shapes, monkeypatch):
     monkeypatch.setattr(trainer, "contrastive_loss", at_step(1, KeyboardInterrupt()))
     error_message(main, *TINY, "--data-dir", shapes)
@@ -442,7 +455,7 @@ def test_last_pt_is_complete_before_the_first_step(workdir, shapes, monkeypatch)
         (["--head-lr", "0.01"], "--head-lr 0.01", "0.001"),
         (["--image-encoder", "resnet18"], "--image-encoder resnet18", "test_resnet"),
         (["--name", "other"], "--name other", "demo"),
-        (["--augment"], "--augment True", "False"),
+        (["--augment"], "--augment", "False"),
     ],
 )
 def test_resume_rejects_a_contradicting_flag(trained, workdir, flags, given, saved):
@@ -508,13 +521,16 @@ def test_resume_requires_best_pt(trained, workdir, shapes):
     "flags", [["--name", "mine"], ["--demo", "--name", "mine"], ["--name", "demo"]]
 )
 def test_training_never_overwrites_another_run(workdir, shapes, flags):
-    last = workdir / "runs" / flags[-1] / "last.pt"
-    last.parent.mkdir(parents=True)
-    last.write_bytes(b"precious")
-    message = error_message(main, *flags, "--no-pretrained", "--data-dir", shapes, *SMALL)
-    assert "--resume" in message
-    assert "--name" in message
-    assert last.read_bytes() == b"precious"
+    """Nor its `best.pt` alone, if the larger `last.pt` was removed."""
+    run_dir = workdir / "runs" / flags[-1]
+    run_dir.mkdir(parents=True)
+    for name in ("best.pt", "last.pt"):
+        (run_dir / name).write_bytes(b"precious")
+        message = error_message(main, *flags, "--no-pretrained", "--data-dir", shapes, *SMALL)
+        assert f"{name} exists" in message
+        assert ("--resume" in message) == (name == "last.pt")
+        assert "--name" in message
+        assert (run_dir / name).read_bytes() == b"precious"
 
 
 def test_demo_replaces_an_earlier_demo(workdir, shapes, monkeypatch):
@@ -884,15 +900,18 @@ def test_init_from_has_the_dropout_of_the_new_run(trained, workdir, shapes):
     argv += ["--dropout", "0.2", "--drop-path", "0.3"]
     checkpoint = load_checkpoint(trained / "best.pt")
     config = trainer.initialized_config(argv, checkpoint, str(trained / "best.pt"))
-    run = trainer.setup(config, checkpoint)
+    run = trainer.setup(config, checkpoint, trainer.Distributed.init(config))
     assert (run.config.dropout, run.config.drop_path) == (0.2, 0.3)
     assert run.model.image.head.dropout.p == run.model.text.head.dropout.p == 0.2
     assert run.model.image.encoder.drop_path == 0.3
 
 
-def test_init_from_rejects_another_architecture(trained, workdir):
-    message = error_message(main, "--init-from", trained / "best.pt", "--projection-dim", "64")
-    assert "--projection-dim 64: the checkpoint has 256" in message
+@pytest.mark.parametrize(
+    ("flag", "saved"), [("--projection-dim 64", 256), ("--temperature 0.2", 0.07)]
+)
+def test_init_from_rejects_another_architecture(flag, saved, trained, workdir):
+    message = error_message(main, "--init-from", trained / "best.pt", *flag.split())
+    assert f"{flag}: the checkpoint has {saved}" in message
 
 
 @pytest.mark.slow

@@ -305,8 +305,8 @@ def ema_of_weights() -> None:
     original_validate = trainer.validate
     averages: list[AveragedModel] = []
 
-    def setup(config: Config, checkpoint: None) -> trainer.Run:
-        run = original_setup(config, checkpoint)
+    def setup(*arguments: Any) -> trainer.Run:
+        run = original_setup(*arguments)
         averages.append(AveragedModel(run.model, multi_avg_fn=get_ema_multi_avg_fn(0.99)))
         return run
 
@@ -426,7 +426,7 @@ def train_with_change(options: Namespace) -> list[str]:
     config = parse(Config, flags)
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        run = trainer.setup(config, None)
+        run = trainer.setup(config, None, trainer.Distributed.init(config))
         started = time.perf_counter()
         batches = iter(run.loader)
         for epoch in range(config.epochs):

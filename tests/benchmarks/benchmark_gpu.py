@@ -86,7 +86,7 @@ def main() -> None:
             source = list_images(Path(options.data_dir).absolute()) if options.data_dir else []
             os.chdir(folder)
             save_data_set(sizes, source)
-            run = trainer.setup(config, None)
+            run = trainer.setup(config, None, trainer.Distributed.init(config))
             run.run_dir.mkdir(parents=True)
         for measure in (training, encoding, chunks, ranking):
             for row in measure(run, sizes):
