@@ -97,9 +97,7 @@ class Config:
     name: str = "clip"  # the run is saved in runs/NAME
     seed: int = 0  # the same seed gives the same run
     device: str = "auto"  # auto: cuda, mps or cpu, whichever is there; or a name such as cuda:1
-    precision: Precision = (
-        "auto"  # of the forward pass in training; auto: 16 bits on CUDA, else float32
-    )
+    precision: Precision = "auto"  # of the forward pass; auto: 16 bits on CUDA, else float32
     demo: bool = False  # train small encoders on generated shapes, two minutes on a CPU
     resume: str = ""  # resume the run of this last.pt with its settings
     init_from: str = ""  # start a new run from the model of this checkpoint, with its encoders
