@@ -67,9 +67,8 @@ from models import (
 
 RECALL_KS = (1, 5, 10)
 DIRECTIONS = {"t2i": "text to image", "i2t": "image to text"}
-METRICS = [
-    f"{way}_{name}" for way in DIRECTIONS for name in (*(f"r{k}" for k in RECALL_KS), "medr")
-]
+MEASURES = [*(f"r{k}" for k in RECALL_KS), "medr"]
+METRICS = [f"{way}_{measure}" for way in DIRECTIONS for measure in MEASURES]
 RECALLS = [name for name in METRICS if not name.endswith("medr")]
 ENCODE_BATCH = 64  # images, of at most ENCODE_PIXELS in all
 ENCODE_PIXELS = 64 * 384**2

@@ -603,7 +603,7 @@ def load_checkpoint(path: str | Path, mmap: bool = False) -> Checkpoint:
 
     With `mmap` tensors are read when they are first used. Windows does not allow to replace the
     file as long as they are in use. Raises `UserError` for a file that is damaged or not a complete
-    checkpoint of this program.
+    checkpoint of this program, and `MemoryError` or `PermissionError` if it cannot be read.
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: no such checkpoint file")

@@ -111,8 +111,15 @@ def main(argv: list[str] | None = None) -> None:
     elif config.init_from:
         checkpoint = load_checkpoint(config.init_from)
         config = initialized_config(argv, checkpoint, config.init_from)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as on Ctrl-C
+    signal.signal(signal.SIGTERM, partial(_stop, os.getpid()))
     train(config, checkpoint)
+
+
+def _stop(main_process: int, *_: Any) -> None:
+    """Handles SIGTERM as Ctrl-C is. A DataLoader worker inherits it while it starts."""
+    if os.getpid() != main_process:
+        os._exit(1)  # without a traceback
+    raise KeyboardInterrupt
 
 
 def resumed_config(argv: list[str] | None, checkpoint: Checkpoint, path: str) -> Config:
