@@ -13,6 +13,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -305,6 +306,7 @@ def cli_errors(main: Callable[..., None]) -> Callable[..., None]:
         except UserError as error:
             sys.exit(f"error: {error}")
         except (RuntimeError, OSError, MemoryError) as error:
+            _ignore_worker_signals()
             cause = _known_cause(error)
             if cause is None:
                 raise
@@ -345,9 +347,15 @@ def _known_cause(error: Exception) -> str | None:
     return None
 
 
+def _ignore_worker_signals() -> None:
+    """torch raises an error for a dead worker wherever Python is, even while it reports one."""
+    if os.name != "nt":
+        with suppress(RuntimeError):  # of a signal that has come already
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
 def _kill_workers() -> None:
     """Python waits for its processes when it exits, but a stopped one does not end on SIGTERM."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises for a killed worker
     for worker in multiprocessing.active_children():
         worker.kill()
 

@@ -1313,10 +1313,11 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, RuntimeError) as error:
-        cause = error.__context__ or error  # torch.save wraps the error that it meets
-        if isinstance(cause, KeyboardInterrupt) or WORKER in str(cause):  # not about this file
-            raise cause from None
-        reason = getattr(cause, "strerror", None) or error
+        context = error.__context__  # torch.save wraps the error that it meets
+        for cause in (error, context):
+            if isinstance(cause, KeyboardInterrupt) or WORKER in str(cause):  # not about this file
+                raise cause from None
+        reason = getattr(context or error, "strerror", None) or error
         raise UserError(f"{path}: could not be written, content unchanged: {reason}") from None
     finally:
         with suppress(OSError):

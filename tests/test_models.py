@@ -850,10 +850,21 @@ def test_atomic_write_keeps_the_former_file_on_an_error(
     assert contents(tmp_path) == {"w.pt": "former"}
 
 
+def write_after_another_error(file: io.IOBase) -> None:
+    try:
+        raise KeyError("such as a missing font")
+    except KeyError:
+        file.write(b"new")
+
+
 @pytest.mark.parametrize(
     "write",
-    [lambda file: file.write(b"new"), lambda file: torch.save(torch.ones(9), file)],
-    ids=["file.write", "torch.save"],
+    [
+        lambda file: file.write(b"new"),
+        lambda file: torch.save(torch.ones(9), file),
+        write_after_another_error,
+    ],
+    ids=["file.write", "torch.save", "handler"],
 )
 def test_atomic_write_passes_on_the_error_of_a_worker(write: Callable, tmp_path: Path) -> None:
     """A DataLoader worker that dies during the write is not an error of the file."""

@@ -20,6 +20,7 @@ import torch
 from conftest import ROOT, TINY, assert_same_tensors, at_step, error_message, script
 from PIL import Image
 
+import config
 import data
 import inference
 import trainer
@@ -43,6 +44,12 @@ def assert_resumes_to_same_model(run_dir: Path, trained: Path) -> None:
     assert list(run_dir.glob("*.tmp")) == []
     train(["--resume", str(run_dir / "last.pt"), "--num-workers", "0"])
     assert_same_tensors(run_dir / "last.pt", trained / "last.pt")
+
+
+@pytest.fixture(autouse=True)
+def worker_signals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch installs its handler for dead workers once in a process; `cli_errors` removes it."""
+    monkeypatch.setattr(torch.utils.data._utils.signal_handling, "_SIGCHLD_handler_set", False)
 
 
 @pytest.fixture
@@ -204,6 +211,25 @@ def test_train_lost_worker_connection_is_one_line_error(
     message = error_message(train, *TINY, "--data-dir", shapes)
     assert "died" in message
     assert "--num-workers 0" in message
+
+
+@linux_only
+def test_train_signal_of_dead_worker_during_its_report_is_one_line_error(
+    workdir: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The connection is lost first, and the system's signal comes while that is reported."""
+
+    def handle(*_: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    def report(error: Exception, original: Callable = config._known_cause) -> str | None:
+        signal.raise_signal(signal.SIGCHLD)
+        return original(error)
+
+    signal.signal(signal.SIGCHLD, handle)
+    monkeypatch.setattr(config, "_known_cause", report)
+    monkeypatch.setattr(trainer, "contrastive_loss", at_step(2, ConnectionResetError(104, "reset")))
+    assert "died" in error_message(train, *TINY, "--data-dir", shapes)
 
 
 @linux_only
