@@ -225,12 +225,17 @@ def checkpointed_encode(tower: Tower, *inputs: Tensor) -> Tensor:
 
     The backward pass computes the activations again, with the same dropout.
     """
-    return activation_checkpoint(
-        tower,
-        *inputs,
-        use_reentrant=False,
-        context_fn=lambda: (nullcontext(), frozen_bn_stats(tower)),  # first and second forward pass
-    )
+
+    def encode(_: Tensor, *inputs: Tensor) -> Tensor:
+        is_second_pass = torch.is_grad_enabled()
+        with frozen_bn_stats(tower) if is_second_pass else nullcontext():
+            return tower(*inputs)
+
+    # Reentrant, so that the first pass builds no graph, whose many small allocations among the
+    # large ones would fragment the heap (tests/benchmarks/README.md). The embeddings get gradients
+    # only if an input has one.
+    needs_grad = torch.zeros((), requires_grad=True)
+    return activation_checkpoint(encode, needs_grad, *inputs, use_reentrant=True)
 
 
 @contextmanager

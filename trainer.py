@@ -448,15 +448,9 @@ def train_step(run: Run, batch: dict[str, Any]) -> Tensor:
     texts = [(to_device(ids), to_device(mask)) for ids, mask in batch["texts"]]
     caption_ids = to_device(batch["caption_ids"])  # (b,)
 
-    # 2. Encode. Autocast caches 16-bit copies of the weights, in which the gradients of all chunks
-    # would be summed in 16 bits. Without the cache each chunk's gradient is added in float32.
-    autocast = torch.autocast(
-        dist.device.type,
-        dist.precision,
-        enabled=dist.precision is not torch.float32,
-        cache_enabled=not config.chunk_size,
-    )
-    with autocast:
+    # 2. Encode.
+    is_16_bit = dist.precision is not torch.float32
+    with torch.autocast(dist.device.type, dist.precision, enabled=is_16_bit):
         image_embeddings, text_embeddings, logit_scale = run.ddp_model(
             pixels, texts, config.chunk_size
         )  # (b, D), (b, D), ()

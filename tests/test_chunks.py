@@ -119,7 +119,15 @@ def test_chunked_gradients_with_dropout_equal_those_of_kept_activations(
 
     def gradients_of(encode: Any, seed: int) -> dict[str, Tensor]:
         torch.manual_seed(seed)
-        with torch.autocast("cpu", precision, enabled=precision is not torch.float32):
+        # Autocast caches 16-bit copies of the weights, in which `keep_activations` would sum the
+        # gradients of all chunks in 16 bits. Recomputed chunks are each added in float32.
+        autocast = torch.autocast(
+            "cpu",
+            precision,
+            enabled=precision is not torch.float32,
+            cache_enabled=encode is not keep_activations,
+        )
+        with autocast:
             outputs = encode(**batch, chunk_size=chunk_size)
         return gradients(model, outputs)
 
@@ -228,6 +236,27 @@ def test_bn_statistics_in_eval_mode_stay_unchanged(tiny: ModelAndTokenizer):
 
 
 # ---------------------------------------------------------------- memory
+
+
+def num_graph_nodes(embeddings: Tensor) -> int:
+    """The number of autograd's nodes that the embeddings depend on."""
+    nodes, to_visit = set(), [embeddings.grad_fn]
+    while to_visit:
+        node = to_visit.pop()
+        if node and node not in nodes:
+            nodes.add(node)
+            to_visit += [child for child, _ in node.next_functions]
+    return len(nodes)
+
+
+def test_chunks_keep_no_graph_of_their_first_pass(tiny: ModelAndTokenizer):
+    """Else its small allocations fragment the heap, and memory grows with the batch."""
+    model, tokenizer = tiny
+    kept, _, _ = model(**make_batch(tokenizer, 0))
+    chunked, _, _ = model(**make_batch(tokenizer, 5), chunk_size=5)
+    assert num_graph_nodes(kept) > 100
+    assert num_graph_nodes(chunked) <= 5  # of two chunks and their concatenation
+
 
 MEASURE_PEAK_MEMORY = """
 import json, re, sys
