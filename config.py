@@ -13,7 +13,6 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -306,8 +305,10 @@ def cli_errors(main: Callable[..., None]) -> Callable[..., None]:
         except UserError as error:
             sys.exit(f"error: {error}")
         except (RuntimeError, OSError, MemoryError) as error:
-            _ignore_worker_signals()
-            cause = _known_cause(error)
+            try:
+                cause = _known_cause(error)
+            except RuntimeError as signaled:  # torch raises for a dead worker wherever Python is
+                cause = _known_cause(signaled)
             if cause is None:
                 raise
             if str(error).startswith(TIMED_OUT):
@@ -347,15 +348,9 @@ def _known_cause(error: Exception) -> str | None:
     return None
 
 
-def _ignore_worker_signals() -> None:
-    """torch raises an error for a dead worker wherever Python is, even while it reports one."""
-    if os.name != "nt":
-        with suppress(RuntimeError):  # of a signal that has come already
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-
-
 def _kill_workers() -> None:
     """Python waits for its processes when it exits, but a stopped one does not end on SIGTERM."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises for a killed worker
     for worker in multiprocessing.active_children():
         worker.kill()
 

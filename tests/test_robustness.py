@@ -46,12 +46,6 @@ def assert_resumes_to_same_model(run_dir: Path, trained: Path) -> None:
     assert_same_tensors(run_dir / "last.pt", trained / "last.pt")
 
 
-@pytest.fixture(autouse=True)
-def worker_signals(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch installs its handler for dead workers once in a process; `cli_errors` removes it."""
-    monkeypatch.setattr(torch.utils.data._utils.signal_handling, "_SIGCHLD_handler_set", False)
-
-
 @pytest.fixture
 def dataset(workdir: Path, shapes: Path) -> Path:
     """A copy of the shapes that a test may change: `dataset` in the current directory."""
@@ -223,13 +217,19 @@ def test_train_signal_of_dead_worker_during_its_report_is_one_line_error(
         raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
 
     def report(error: Exception, original: Callable = config._known_cause) -> str | None:
-        signal.raise_signal(signal.SIGCHLD)
+        if isinstance(error, ConnectionError):
+            signal.raise_signal(signal.SIGCHLD)
         return original(error)
 
-    signal.signal(signal.SIGCHLD, handle)
-    monkeypatch.setattr(config, "_known_cause", report)
     monkeypatch.setattr(trainer, "contrastive_loss", at_step(2, ConnectionResetError(104, "reset")))
-    assert "died" in error_message(train, *TINY, "--data-dir", shapes)
+    previous = signal.signal(signal.SIGCHLD, handle)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(config, "_known_cause", report)
+            message = error_message(train, *TINY, "--data-dir", shapes)
+    finally:
+        signal.signal(signal.SIGCHLD, previous)
+    assert "died" in message
 
 
 @linux_only
