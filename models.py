@@ -89,6 +89,7 @@ TOKENIZER_PARTS = {  # components, none of which makes a text many times as long
     "model": "BPE Unigram WordLevel WordPiece",
 }
 REPLACED = ({"Regex": " {2,}"}, {"String": "``"}, {"String": "''"})  # by XLM-R and ALBERT
+REPLACED += ({"Regex": r"\s{2,}|[\n\r\t]"},)  # by DeBERTa-v2
 
 
 # ---------------------------------------------------------------- model

@@ -54,6 +54,7 @@ from data import (
     build_train_loader,
     check_data_dir,
     leads_outside,
+    load_image,
     open_image,
     prepare_data_dir,
     read_splits,
@@ -395,7 +396,8 @@ def lock_run_dir(run_dir: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            lock.unlink(missing_ok=True)
+            with suppress(OSError):  # Windows removes no open file
+                lock.unlink()
             with suppress(OSError):  # not empty
                 run_dir.rmdir()
                 run_dir.parent.rmdir()
@@ -517,6 +519,8 @@ def reduce_losses(run: Run, losses: list[Tensor], last_step: int) -> list[float]
 def setup(config: Config, checkpoint: Checkpoint | None, dist: Distributed) -> Run:
     """Everything of a run, ready for its next epoch."""
     dist.local_slice(config.batch_size)  # raises if the batch cannot be divided
+    if config.chunk_size and dist.device.type == "mps":
+        raise UserError("--chunk-size: not supported on MPS, where torch does not repeat dropout")
     run_dir = Path("runs") / config.name
     if dist.is_main:
         check_run_dir(run_dir, config, checkpoint)
@@ -635,10 +639,14 @@ def load_splits(config: Config, dist: Distributed) -> dict[str, Split]:
 def check_images(splits: dict[str, Split]) -> None:
     """Reads the header of every image, so that a broken one is named before the first step.
 
-    Not needed when a run is resumed with the data that it was started with.
+    Test images are read completely, because they are used only when the training is over. Not
+    needed when a run is resumed with the data that it was started with.
     """
     for name, split in splits.items():
         for path in progress(split.paths, f"checking {name} images", leave=False):
+            if name == "test":
+                load_image(path)
+                continue
             with open_image(path):
                 pass
 
@@ -816,9 +824,26 @@ def open_run_dir(run: Run) -> None:
         write_curves(run)
     else:
         save_checkpoint(run)
+        check_restorable(run)
         write_metrics(run)
         for former in ("best.pt", "test.json", "curves.png"):  # of an earlier demo
             (run.run_dir / former).unlink(missing_ok=True)
+
+
+def check_restorable(run: Run) -> None:
+    """Loads the `last.pt` that was saved before the first step, and removes it if that fails.
+
+    Otherwise an encoder that cannot be restored would be noticed when its training is over.
+    """
+    last = run.run_dir / "last.pt"
+    try:
+        load_clip(load_checkpoint(last))
+    except UserError as error:
+        last.unlink()
+        raise UserError(
+            f"--image-encoder {run.config.image_encoder}, --text-encoder "
+            f"{run.config.text_encoder}: one cannot be restored from a checkpoint: {error}"
+        ) from None
 
 
 def validate_and_save(run: Run, loss: float, seconds: float) -> None:
@@ -963,7 +988,7 @@ def test_best(run: Run) -> None:
     run_dir = printable(run.run_dir)
     print(f"saved in {run_dir}: best.pt, last.pt, metrics.csv, curves.png, test.json")
     command = ["python", "inference.py", "--weights", str(best), "--n", "8"]
-    if leads_outside(checkpoint.config.data_dir):
+    if leads_outside(content["config"]["data_dir"]):
         command += ["--data-dir", config.data_dir]
     print(printable(f"{shlex.join(command)} --query={shlex.quote(query)}"))
 

@@ -91,6 +91,22 @@ def test_two_trainers_of_one_name_do_not_meet(workdir: Path, shapes: Path) -> No
     assert names_in(workdir / "runs/demo") == FILES
 
 
+def test_run_ends_well_where_an_open_file_cannot_be_removed(
+    workdir: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Windows, of the lock that the run holds."""
+    original = Path.unlink
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        if path.name == LOCK:
+            raise PermissionError(13, "used by another process")
+        original(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    main([*TINY, "--epochs", "1", "--data-dir", str(shapes)])
+    assert names_in(workdir / "runs/demo") == [LOCK, *FILES]
+
+
 # ---------------------------------------------------------------- another run's folder
 
 

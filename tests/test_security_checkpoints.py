@@ -23,6 +23,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import CONFIG, ROOT, build, error_message
+from tokenizers import Regex
+from tokenizers.normalizers import Replace
 from torch import Tensor, nn
 
 import trainer
@@ -504,6 +506,20 @@ def test_load_checkpoint_rejects_other_tokenizers(
         content["tokenizer"] = json.dumps(parts)
 
     load_error(modified(checkpoint_path, change, tmp_path / "w.pt"))
+
+
+def test_load_checkpoint_takes_the_normalizer_of_deberta(
+    checkpoint_path: Path, tmp_path: Path
+) -> None:
+    def change(content: dict) -> None:
+        parts = json.loads(content["tokenizer"])
+        parts["normalizer"] = json.loads(normalizer.__getstate__())
+        content["tokenizer"] = json.dumps(parts)
+
+    normalizer = Replace(Regex(r"\s{2,}|[\n\r\t]"), " ")  # as transformers 5 builds it
+    path = modified(checkpoint_path, change, tmp_path / "w.pt")
+    tokenizer = load_checkpoint(path).tokenizer
+    assert tokenizer.encode("red  \n circle").ids == tokenizer.encode("red circle").ids
 
 
 def test_load_checkpoint_rejects_endless_json(checkpoint_path: Path, tmp_path: Path) -> None:

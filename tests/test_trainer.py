@@ -35,8 +35,9 @@ from torch import Tensor
 from transformers import DistilBertConfig, DistilBertModel, PreTrainedTokenizerFast
 
 import inference
+import models
 import trainer
-from config import Config, parse
+from config import Config, UserError, parse
 from data import read_splits
 from inference import RECALLS, evaluate
 from models import build_wordpiece_tokenizer, load_checkpoint, load_clip
@@ -466,6 +467,17 @@ def test_resume_rejects_a_contradicting_flag(trained, workdir, flags, given, sav
     assert names_in(workdir) == []
 
 
+def test_resume_with_data_elsewhere_prints_a_search_command_that_works(
+    trained, workdir, shapes, capsys
+):
+    """The best epoch was before, when the data was in the current folder."""
+    shutil.copytree(trained, workdir / "runs/demo")
+    main(["--resume", "runs/demo/last.pt", "--data-dir", str(shapes)])
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert f"--data-dir {shapes}" in line
+    inference.main(shlex.split(line)[2:])
+
+
 def test_resume_accepts_other_data_dir_device_and_workers(trained, workdir, shapes, capsys):
     shutil.copytree(trained, workdir / "runs/demo")
     moved = shutil.copytree(shapes, workdir / "moved")
@@ -803,6 +815,33 @@ def test_truncated_image_stops_training_with_its_path(workdir, own_shapes, worke
     message = error_message(main, *TINY, "--num-workers", workers, "--data-dir", "own")
     assert str(path.relative_to(workdir)) in message
     assert "Traceback" not in message
+
+
+def test_train_rejects_encoders_that_cannot_be_restored(workdir, shapes, monkeypatch):
+    """Before the first step, and a run of the same name may start afterwards."""
+    monkeypatch.setitem(models.TOKENIZER_PARTS, "pre_tokenizer", "")
+    message = error_message(main, *TINY, "--data-dir", shapes)
+    assert "--text-encoder distilbert" in message
+    assert "BertPreTokenizer" in message
+    assert names_in(workdir) == []
+
+
+def test_setup_rejects_chunks_on_mps():
+    dist = trainer.Distributed(torch.device("mps"), torch.float32, rank=0, world_size=1)
+    with pytest.raises(UserError, match="--chunk-size"):
+        trainer.setup(replace(CONFIG, chunk_size=4), None, dist)
+
+
+@pytest.mark.parametrize("split", ["dev", "test"])
+def test_truncated_image_of_another_split_stops_training_early(
+    workdir, own_shapes, monkeypatch, split
+):
+    """Not when all epochs are over. One of dev is found by the first validation."""
+    path = read_splits(own_shapes)[split].paths[-1]
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    monkeypatch.setattr(trainer, "contrastive_loss", at_step(STEPS + 1, AssertionError("late")))
+    assert str(path.relative_to(workdir)) in error_message(main, *TINY, "--data-dir", "own")
 
 
 # ---------------------------------------------------------------- frozen encoders
