@@ -31,6 +31,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path, PureWindowsPath
+from types import ModuleType
 from typing import Any, BinaryIO, NamedTuple, TextIO
 
 import numpy as np
@@ -846,7 +847,9 @@ IMAGE_FORMATS = (
 HEIF_SUFFIXES = {".heic", ".heics", ".heif", ".heifs", ".hif"}
 HEIF_ADVICE = "HEIF images are read after: pip install pillow-heif"
 SKIPPED_DIRS = {"@eadir", "__macosx", "thumbnails", "thumbs", "thumb", "$recycle.bin", "#recycle"}
-DECODING = 2  # to be increased when `load_image` changes the pixels of some images
+# To be increased when `load_image` or `Transform` changes the pixels of some images.
+DECODING = 3
+END_OF_JPEG = b"\xff\xd9"
 MIN_REDUCED_SIDE = 256  # of a JPEG that is decoded smaller, so that Flickr8k's (500 px) never are
 ImageSource = str | Path | Image.Image  # an image file, or an image of Pillow
 # Pillow's operation that undoes each EXIF orientation from 2 to 8.
@@ -979,11 +982,17 @@ def load_image(source: ImageSource, min_side: int = 0) -> np.ndarray:
     Raises `UserError` for a file that cannot be read as an image.
     """
     with open_image(source) as image:
+        full_size = image.size
         if min_side and image is not source:  # whose size it would change
             side = max(2 * min_side, MIN_REDUCED_SIDE)
             image.draft(None, (side, side))  # of JPEG files; does nothing to others
         # Not ImageOps.exif_transpose, which fails if another part of the EXIF block is damaged.
         orientation = image.getexif().get(ExifTags.Base.Orientation)
+        is_plain = image.mode == "RGB" and orientation not in UNDO_ORIENTATION
+        if is_plain and image.format == "JPEG" and image.size == full_size and image is not source:
+            pixels = _decode_jpeg(source)
+            if pixels is not None:
+                return pixels
         if orientation in UNDO_ORIENTATION:
             image = image.transpose(UNDO_ORIENTATION[orientation])
         if image.mode.startswith(("I", "F")):  # Pillow's conversion would clip to white
@@ -992,6 +1001,28 @@ def load_image(source: ImageSource, min_side: int = 0) -> np.ndarray:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return np.array(image.convert("RGB"))
+
+
+def _decode_jpeg(path: str | Path) -> np.ndarray | None:
+    """The same pixels (H, W, 3) as Pillow's of an RGB JPEG, faster; None if it is incomplete."""
+    cv2 = _opencv()
+    content = np.fromfile(path, np.uint8)
+    if content[-2:].tobytes() != END_OF_JPEG:  # before version 4.11 OpenCV fills it with gray
+        return None
+    pixels = cv2.imdecode(content, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    return None if pixels is None else cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+
+
+@functools.cache
+def _opencv() -> ModuleType:
+    """OpenCV, imported when it is needed, and without threads.
+
+    Its threads do not survive the fork of a DataLoader worker.
+    """
+    import cv2
+
+    cv2.setNumThreads(0)
+    return cv2
 
 
 def _scale_to_uint8(values: np.ndarray) -> np.ndarray:
@@ -1018,39 +1049,54 @@ class Transform:
     """
 
     def __init__(self, size: int) -> None:
-        # Imported here because a search over images that are in the index needs neither.
+        # Imported here because a search over images that are in the index does not need it.
         os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # else it asks the network for a newer version
         import albumentations as A
-        import cv2
 
-        cv2.setNumThreads(0)  # its threads do not survive the fork of a DataLoader worker
-        # Area interpolation averages pixels when an image is made smaller, which avoids aliasing.
-        self.resize = A.Resize(size, size, area_for_downscale="image")
+        self.size = size
         area, ratio = 0.35, 1.25  # of the smallest crop and of the longest one
-        crop = A.RandomResizedCrop(
-            (size, size), scale=(area, 1.0), ratio=(1 / ratio, ratio), area_for_downscale="image"
-        )
-        jitter = A.ColorJitter(
+        self.crop = A.RandomResizedCrop((size, size), scale=(area, 1.0), ratio=(1 / ratio, ratio))
+        self.jitter = A.ColorJitter(
             brightness=(0.7, 1.3), contrast=(0.7, 1.3), saturation=(0.7, 1.3), hue=(0, 0), p=0.8
         )
-        self.augmentation = A.Compose([crop, jitter])
-        self.flip = partial(cv2.flip, flipCode=1)  # horizontal
+        self.flip = partial(_opencv().flip, flipCode=1)  # horizontal
         # The `min_side` of the images, for `load_image`.
         self.min_side = size
         self.augment_min_side = math.ceil(size / math.sqrt(area / ratio))
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
-        return self.resize(image=_square_crop(pixels, 0.5))["image"]
+        return _resize(_square_crop(pixels, 0.5), self.size)
 
     def augment(self, pixels: np.ndarray, caption: str, rng: np.random.Generator) -> np.ndarray:
         """A random view of the image, determined by `rng`, for which `caption` stays true."""
-        # Albumentations has a generator of its own, of which each worker has a copy: seed it.
-        self.augmentation.set_random_seed(int(rng.integers(2**31)))
+        # Albumentations has generators of its own, of which each worker has a copy: seed them.
+        seed = int(rng.integers(2**31))
+        self.crop.set_random_seed(seed)
+        self.jitter.set_random_seed(seed)
         mentions_side = re.search(r"\b(left|right)\b", caption, re.IGNORECASE)
         if rng.random() < 0.5 and not mentions_side:
             pixels = self.flip(pixels)
         pixels = _square_crop(pixels, position=rng.random())
-        return self.augmentation(image=pixels)["image"]
+        # Only the position of the crop is Albumentations': its resizing takes five times as long.
+        sampled = self.crop.get_params_dependent_on_data({"shape": pixels.shape}, {})
+        left, top, right, bottom = sampled["crop_coords"]
+        pixels = _resize(pixels[top:bottom, left:right], self.size)
+        return self.jitter(image=pixels)["image"]
+
+
+def _resize(pixels: np.ndarray, size: int) -> np.ndarray:
+    """(H, W, 3) `uint8` as (size, size, 3).
+
+    An image of twice the size or more is first reduced by the mean of its pixels, which avoids
+    aliasing. Below that, interpolation is as good and much faster (tests/benchmarks/README.md).
+    """
+    cv2 = _opencv()
+    height, width = pixels.shape[:2]
+    factor = min(height, width) // size
+    if factor > 1:
+        smaller = (width // factor, height // factor)
+        pixels = cv2.resize(pixels, smaller, interpolation=cv2.INTER_AREA)
+    return cv2.resize(pixels, (size, size), interpolation=cv2.INTER_LINEAR)
 
 
 def _square_crop(pixels: np.ndarray, position: float) -> np.ndarray:

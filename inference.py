@@ -21,7 +21,7 @@ import tempfile
 import textwrap
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -150,20 +150,20 @@ def encode_images(
     paths: list[Path],
     config: Config,
     device: torch.device,
-    loader: DataLoader | None = None,
+    batches: Iterable[dict[str, Any]] | None = None,
 ) -> tuple[Tensor, dict[int, UserError]]:
-    """Encodes the image files `paths`; a `loader`, if passed, must be one of the same paths.
+    """Encodes the image files `paths`; `batches`, if passed, are those of `build_image_loader`.
 
     Returns unit vectors (R, D) on the CPU of the R readable files, in the order of `paths`, and
     the error of each other file by its index in `paths`. The vectors stay on the device until all
     are there, 1 GB for a million of dimension 256, so that no batch waits for the one before.
     """
-    if loader is None:
-        loader = build_image_loader(tower, paths, config, device)
+    if batches is None:
+        batches = build_image_loader(tower, paths, config, device)
     embeddings = torch.empty(len(paths), config.projection_dim, device=device)
     num_encoded = num_dark = 0
     errors: dict[int, UserError] = {}
-    for batch in progress(loader, "encoding images", leave=False):
+    for batch in progress(batches, "encoding images", leave=False):
         start = num_encoded + len(errors)  # index in `paths` of the batch's first item
         errors |= {start + i: error for i, error in batch["errors"].items()}
         num_dark += batch["num_dark"]
@@ -415,16 +415,19 @@ def evaluate(
     one of the split's images, see `encode_images`. Raises `UserError` for an image that cannot be
     read.
     """
-    images, errors = encode_images(model.image, split.paths, config, device, loader)
-    if errors:
-        raise next(iter(errors.values()))
     captions = split.texts
     row_of = {text: row for row, text in enumerate(dict.fromkeys(captions))}
     text_ids = torch.tensor([row_of[text] for text in captions])
     captions_per_image = torch.tensor([len(captions) for captions in split.captions])
-    image_of_text = torch.arange(len(images)).repeat_interleave(captions_per_image)
+    image_of_text = torch.arange(len(split.paths)).repeat_interleave(captions_per_image)
 
+    if loader is None:
+        loader = build_image_loader(model.image, split.paths, config, device)
+    batches = iter(loader)  # its workers load images while the texts are encoded
     texts = encode_texts(model.text, tokenizer, list(row_of), device)
+    images, errors = encode_images(model.image, split.paths, config, device, batches)
+    if errors:
+        raise next(iter(errors.values()))
     metrics = retrieval_metrics(images, texts, image_of_text, text_ids=text_ids)
     if references:
         image_bias = hub_bias(images, references.texts)

@@ -93,6 +93,36 @@ def test_load_image_converts_cmyk_to_rgb(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
+    ("mode", "options"),
+    [
+        pytest.param("RGB", {}, id="color"),
+        pytest.param("RGB", {"subsampling": 0, "quality": 95}, id="all colors"),
+        pytest.param("RGB", {"progressive": True}, id="progressive"),
+        pytest.param("RGB", {"restart_marker_rows": 1}, id="restart markers"),
+        pytest.param("L", {}, id="grayscale"),
+        pytest.param("CMYK", {}, id="print"),
+    ],
+)
+@pytest.mark.parametrize("trailer", [b"", b"thumbnail"])
+def test_load_image_reads_the_pixels_of_pillow(
+    tmp_path: Path, mode: str, options: dict[str, Any], trailer: bytes
+):
+    """Though OpenCV decodes plain JPEG files."""
+    image = noise_image(np.random.default_rng(0), 45, 67).convert(mode)
+    path = save_image(tmp_path, "photo.jpg", image, **options)
+    path.write_bytes(path.read_bytes() + trailer)
+    with Image.open(path) as reopened:
+        expected = np.asarray(reopened.convert("RGB"))
+    assert (load_image(path) == expected).all()
+
+
+def test_plain_jpegs_are_decoded_by_opencv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = save_image(tmp_path, "photo.jpg", Image.new("RGB", (8, 8), "red"))
+    monkeypatch.setattr(Image.Image, "convert", None)  # Pillow's path needs it
+    assert load_image(path).shape == (8, 8, 3)
+
+
+@pytest.mark.parametrize(
     ("values", "expected"),
     [
         pytest.param(np.uint16([[0, 65535], [257, 25700]]), [0, 255, 1, 100], id="16 bits"),
@@ -227,6 +257,18 @@ def test_load_image_rejects_what_is_no_image(tmp_path: Path, kind: str):
     with pytest.raises(UserError, match=re.escape(str(path))) as error:
         load_image(path)
     assert "\n" not in str(error.value)
+
+
+def test_load_image_rejects_a_truncated_jpeg_that_opencv_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Older versions of OpenCV do."""
+    import cv2
+
+    path = broken_image(tmp_path, "truncated")
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: np.zeros((64, 64, 3), np.uint8))
+    with pytest.raises(UserError, match=re.escape(str(path))):
+        load_image(path)
 
 
 @pytest.mark.slow
@@ -878,6 +920,22 @@ def test_augment_never_flips_if_caption_mentions_left_or_right(tmp_path: Path):
         flips.update(caption for caption, pixels in epoch if is_flipped(pixels))
     assert not set(flips) & set(sided)
     assert all(3 <= flips[caption] <= 22 for caption in plain[::3]), flips
+
+
+def test_augment_crops_and_jitters_as_albumentations_does():
+    """Where the image is less than twice the size, to the last bit."""
+    transform = Transform(64)
+    import albumentations as A  # here, because `Transform` keeps it from asking the network
+
+    jitter = A.ColorJitter((0.7, 1.3), (0.7, 1.3), (0.7, 1.3), (0, 0), p=0.8)
+    library = A.Compose([A.RandomResizedCrop((64, 64), (0.35, 1.0), (0.8, 1.25)), jitter])
+    pixels = np.asarray(noise_image(np.random.default_rng(0), 100, 100))
+    for i in range(20):
+        rng = np.random.default_rng(i)
+        library.set_random_seed(int(rng.integers(2**31)))
+        expected = library(image=transform.flip(pixels) if rng.random() < 0.5 else pixels)
+        found = transform.augment(pixels, "a dog", np.random.default_rng(i))
+        assert (found == expected["image"]).all()
 
 
 def test_flip_reverses_the_columns():

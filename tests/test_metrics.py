@@ -2,7 +2,7 @@
 
 import math
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -202,6 +202,27 @@ def test_evaluate_gives_a_perfect_classifier_100(
     metrics = evaluate(model, tokenizer, split, config, torch.device("cpu"))
     assert metrics == {**dict.fromkeys(RECALLS, 100.0), "t2i_medr": 1.0, "i2t_medr": 1.0}
     assert encoded == [8]
+
+
+def test_evaluate_lets_workers_load_images_while_it_encodes_texts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = []
+
+    class Loader:
+        def __iter__(self) -> Iterator[dict]:  # where a DataLoader starts its workers
+            events.append("images")
+            return iter([])
+
+    def encode_texts(*_: object) -> Tensor:
+        events.append("texts")
+        return torch.eye(8)
+
+    monkeypatch.setattr(inference, "encode_texts", encode_texts)
+    monkeypatch.setattr(inference, "encode_images", lambda *_: (torch.eye(8).repeat(15, 1), {}))
+    model = SimpleNamespace(image=None, text=None)
+    evaluate(model, None, class_prompts(tmp_path), Config(), torch.device("cpu"), loader=Loader())
+    assert events == ["images", "texts"]
 
 
 def test_metrics_are_six_recalls_and_two_median_ranks() -> None:

@@ -22,6 +22,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -94,10 +95,42 @@ def large_crops() -> None:
 
     def init(self: data.Transform, size: int) -> None:
         original_init(self, size)
-        crop, _ = self.augmentation.transforms
-        crop.scale = (0.6, 1.0)
+        self.crop.scale = (0.6, 1.0)
 
     data.Transform.__init__ = init
+
+
+@change("RandAugment and random erasing")
+def strong_augmentation() -> None:
+    """Two of seven operations that keep colors, and a gray rectangle in half of the images."""
+    original_init = data.Transform.__init__
+    original_augment = data.Transform.augment
+
+    def init(self: data.Transform, size: int) -> None:
+        original_init(self, size)
+        import albumentations as A
+
+        operations = [
+            A.Rotate((-15, 15), border_mode=cv2.BORDER_REFLECT, p=1.0),
+            A.Affine(shear=(-12, 12), border_mode=cv2.BORDER_REFLECT, p=1.0),
+            A.Affine(translate_percent=(-0.1, 0.1), border_mode=cv2.BORDER_REFLECT, p=1.0),
+            A.AutoContrast(p=1.0),
+            A.Sharpen(p=1.0),
+            A.GaussianBlur(p=1.0),
+            A.Perspective(p=1.0),
+        ]
+        erasing = A.CoarseDropout((1, 1), (0.1, 0.4), (0.1, 0.4), fill=128, p=0.5)
+        self.strong = A.Compose([A.SomeOf(operations, n=2, p=1.0), erasing])
+
+    def augment(
+        self: data.Transform, pixels: np.ndarray, caption: str, rng: np.random.Generator
+    ) -> np.ndarray:
+        pixels = original_augment(self, pixels, caption, rng)
+        self.strong.set_random_seed(int(rng.integers(2**31)))
+        return self.strong(image=pixels)["image"]
+
+    data.Transform.__init__ = init
+    data.Transform.augment = augment
 
 
 @change("encoded at the training size")
@@ -120,14 +153,9 @@ def random_word_masking() -> None:
     data.ImageCaptionDataset.__getitem__ = getitem
 
 
-@change("two captions per image")
-def two_captions() -> None:
-    """The mean of two losses over the same images, each with other captions.
-
-    The text embeddings are (2B, D): the first captions of all images, then the second ones.
-    """
+def load_two_captions() -> None:
+    """Text embeddings become (2B, D): the first captions of all images, then the second ones."""
     original_collate = data.collate
-    original_loss = models.contrastive_loss
 
     def getitem(self: data.ImageCaptionDataset, index: int) -> dict[str, Any]:
         epoch, i = divmod(index, len(self))
@@ -146,6 +174,15 @@ def two_captions() -> None:
         second_captions = [item["second_caption"] for item in items]
         return {**batch, "texts": [*batch["texts"], data.tokenize(tokenizer, second_captions)]}
 
+    data.ImageCaptionDataset.__getitem__ = getitem
+    data.collate = collate
+
+
+@change("two captions per image")
+def two_captions() -> None:
+    """The mean of two losses over the same images, each with other captions."""
+    original_loss = models.contrastive_loss
+
     def loss(
         images: Tensor, texts: Tensor, logit_scale: Tensor, local_slice: slice, *_: Tensor
     ) -> Tensor:
@@ -153,8 +190,23 @@ def two_captions() -> None:
         first_loss = original_loss(images, first_texts, logit_scale)
         return (first_loss + original_loss(images, second_texts, logit_scale)) / 2
 
-    data.ImageCaptionDataset.__getitem__ = getitem
-    data.collate = collate
+    load_two_captions()
+    trainer.contrastive_loss = loss
+
+
+@change("text-text term")
+def text_text_term() -> None:
+    """Adds half of the contrastive loss between two captions of each image."""
+    original_loss = models.contrastive_loss
+
+    def loss(
+        images: Tensor, texts: Tensor, logit_scale: Tensor, local_slice: slice, ids: Tensor
+    ) -> Tensor:
+        first_texts, second_texts = texts.chunk(2)  # (B, D) each
+        image_text = original_loss(images, first_texts, logit_scale, local_slice, ids)
+        return image_text + original_loss(first_texts, second_texts, logit_scale) / 2
+
+    load_two_captions()
     trainer.contrastive_loss = loss
 
 
@@ -214,14 +266,14 @@ class GeneralizedPooling(nn.Module):
         return ranked @ weights  # (B, C, K) @ (K,)
 
 
-@change("generalized pooling")
-def generalized_pooling() -> None:
+def replace_pooling(build: Callable[[ImageEncoder], nn.Module]) -> None:
+    """Pools the feature map (B, C, H, W) of the image encoder by a module of its own."""
     original_init = ImageEncoder.__init__
     original_groups = trainer.param_groups
 
     def init(self: ImageEncoder, *args: Any, **options: Any) -> None:
         original_init(self, *args, **options)
-        self.model.global_pool = GeneralizedPooling()
+        self.model.global_pool = build(self)
 
     def param_groups(model: CLIP, config: Config) -> list[dict[str, Any]]:
         """The pooling is new, so it has the learning rate of the heads."""
@@ -235,6 +287,19 @@ def generalized_pooling() -> None:
 
     ImageEncoder.__init__ = init
     trainer.param_groups = param_groups
+
+
+@change("generalized pooling")
+def generalized_pooling() -> None:
+    replace_pooling(lambda encoder: GeneralizedPooling())
+
+
+@change("attention pooling")
+def attention_pooling() -> None:
+    """That of CLIP's ResNets (section 2.4): the mean of the features asks for their weights."""
+    from timm.layers import AttentionPool2d
+
+    replace_pooling(lambda encoder: AttentionPool2d(encoder.feature_dim, feat_size=7))
 
 
 @change("average and max pooling")
@@ -375,6 +440,28 @@ def hard_negatives() -> None:
         image_hinge = (0.2 + negatives.amax(dim=1) - positives).relu().mean()
         return original_loss(images, texts, logit_scale) + text_hinge + image_hinge
 
+    trainer.contrastive_loss = loss
+
+
+@change("sigmoid loss")
+def sigmoid_loss() -> None:
+    """The loss of SigLIP (arXiv 2303.15343): each of the B x B pairs is matched or not."""
+    original_groups = trainer.param_groups
+    biases: list[nn.Parameter] = []
+
+    def param_groups(model: CLIP, config: Config) -> list[dict[str, Any]]:
+        biases.append(nn.Parameter(torch.tensor(-10.0, device=model.logit_scale.device)))
+        bias_group = {"params": biases, "lr": config.head_lr, "weight_decay": 0.0}
+        return [bias_group, *original_groups(model, config)]
+
+    def loss(
+        images: Tensor, texts: Tensor, logit_scale: Tensor, local_slice: slice, *_: Tensor
+    ) -> Tensor:
+        logits = logit_scale * images @ texts.T + biases[0]  # (B, D) @ (D, B)
+        signs = 2 * torch.eye(len(images), device=images.device) - 1  # 1 for matching pairs
+        return -F.logsigmoid(signs * logits).sum() / len(images)
+
+    trainer.param_groups = param_groups
     trainer.contrastive_loss = loss
 
 
