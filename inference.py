@@ -73,7 +73,7 @@ RECALLS = [name for name in METRICS if not name.endswith("medr")]
 ENCODE_BATCH = 64  # images, of at most ENCODE_PIXELS in all
 ENCODE_PIXELS = 64 * 384**2
 INDEX_FORMAT = 2
-SCORES_PER_BLOCK = 2**24  # of a ranking: 64 MB of float32
+SCORES_PER_BLOCK = 2**24  # that are computed at once: 64 MB of float32
 GROUP = 64  # scores of which `_candidates` compares the maximum first
 MAX_QUERIES = 1024  # per matrix product
 MAX_MATCHES = 2**17  # queries times n, per matrix product
@@ -341,7 +341,7 @@ def retrieval_metrics(
     image_embeddings: Tensor,
     text_embeddings: Tensor,
     image_of_text: Tensor,
-    block_size: int = 256,
+    scores_per_block: int = SCORES_PER_BLOCK,
     image_bias: Tensor | float = 0.0,
     text_bias: Tensor | float = 0.0,
     text_ids: Tensor | None = None,
@@ -361,9 +361,12 @@ def retrieval_metrics(
     if text_ids is None:
         text_ids = torch.arange(len(text_embeddings))
     pairs = torch.stack([text_ids, image_of_text]).unique(dim=1)  # (2, P)
-    t2i_ranks = _first_right_ranks(text_embeddings, image_embeddings, image_bias, pairs, block_size)
-    pairs = pairs.flip(0)
-    i2t_ranks = _first_right_ranks(image_embeddings, text_embeddings, text_bias, pairs, block_size)
+    t2i_ranks = _first_right_ranks(
+        text_embeddings, image_embeddings, image_bias, pairs, scores_per_block
+    )
+    i2t_ranks = _first_right_ranks(
+        image_embeddings, text_embeddings, text_bias, pairs.flip(0), scores_per_block
+    )
     metrics = {}
     for direction, ranks in (("t2i", t2i_ranks), ("i2t", i2t_ranks)):
         for k in RECALL_KS:
@@ -373,7 +376,7 @@ def retrieval_metrics(
 
 
 def _first_right_ranks(
-    queries: Tensor, items: Tensor, bias: Tensor | float, pairs: Tensor, block_size: int
+    queries: Tensor, items: Tensor, bias: Tensor | float, pairs: Tensor, scores_per_block: int
 ) -> Tensor:
     """For each query (Q, D) the rank of the first of its right answers among the items (N, D).
 
@@ -381,6 +384,9 @@ def _first_right_ranks(
     before the right one unless its score is less.
     """
     ranks = torch.empty(len(queries))
+    # Few blocks: threads wait for each other several times in each, which is slow beside processes
+    # that load images.
+    block_size = max(1, scores_per_block // len(items))
     for start in range(0, len(queries), block_size):
         scores = cosine_similarity(queries[start : start + block_size], items) - bias  # (b, N)
         in_block = (pairs[0] >= start) & (pairs[0] < start + block_size)

@@ -59,15 +59,15 @@ def retrieval_cases(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, list[int]]
 
 
 @settings(max_examples=150, deadline=None)
-@given(case=retrieval_cases(), block_size=st.sampled_from([1, 3, 1024]))
-def test_retrieval_metrics_match_naive_count(case: tuple, block_size: int) -> None:
+@given(case=retrieval_cases(), scores_per_block=st.sampled_from([1, 30, 1024]))
+def test_retrieval_metrics_match_naive_count(case: tuple, scores_per_block: int) -> None:
     """Recall and median rank, in blocks of any size."""
     images, texts, image_of_text = case
     metrics = retrieval_metrics(
         torch.from_numpy(images),
         torch.from_numpy(texts),
         torch.tensor(image_of_text),
-        block_size=block_size,
+        scores_per_block=scores_per_block,
     )
     assert metrics == pytest.approx(naive_metrics(images, texts, image_of_text))
 
@@ -129,11 +129,11 @@ def test_retrieval_metrics_of_perfect_model() -> None:
 @settings(max_examples=100, deadline=None)
 @given(
     captions=st.lists(st.lists(st.integers(0, 7), min_size=1, max_size=3), min_size=1, max_size=14),
-    block_size=st.sampled_from([1, 3, 1024]),
+    scores_per_block=st.sampled_from([1, 30, 1024]),
     seed=st.integers(0, 10_000),
 )
 def test_retrieval_metrics_count_every_image_of_a_text(
-    captions: list[list[int]], block_size: int, seed: int
+    captions: list[list[int]], scores_per_block: int, seed: int
 ) -> None:
     """`captions[i]` are the texts of image i, by their numbers. Each text is ranked once."""
     rng = np.random.default_rng(seed)
@@ -152,7 +152,7 @@ def test_retrieval_metrics_count_every_image_of_a_text(
         torch.from_numpy(images),
         torch.from_numpy(texts),
         torch.arange(len(captions)).repeat_interleave(torch.tensor([len(c) for c in captions])),
-        block_size=block_size,
+        scores_per_block=scores_per_block,
         text_ids=torch.tensor([numbers.index(number) for own in captions for number in own]),
     )
     assert metrics == pytest.approx(dict(zip(METRICS, expected)))
