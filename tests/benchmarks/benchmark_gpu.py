@@ -1,4 +1,4 @@
-"""Measures training, encoding, memory and ranking on a machine with a GPU, in five minutes.
+"""Measures training, encoding, memory and ranking on a machine with a GPU, in three minutes.
 
 python tests/benchmarks/benchmark.py --device cuda
 
