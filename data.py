@@ -850,6 +850,7 @@ SKIPPED_DIRS = {"@eadir", "__macosx", "thumbnails", "thumbs", "thumb", "$recycle
 # To be increased when `load_image` or `Transform` changes the pixels of some images.
 DECODING = 3
 END_OF_JPEG = b"\xff\xd9"
+MAX_JPEG = 2**26  # bytes of a file that OpenCV decodes, which takes all of it into memory
 MIN_REDUCED_SIDE = 256  # of a JPEG that is decoded smaller, so that Flickr8k's (500 px) never are
 ImageSource = str | Path | Image.Image  # an image file, or an image of Pillow
 # Pillow's operation that undoes each EXIF orientation from 2 to 8.
@@ -1004,11 +1005,19 @@ def load_image(source: ImageSource, min_side: int = 0) -> np.ndarray:
 
 
 def _decode_jpeg(path: str | Path) -> np.ndarray | None:
-    """The same pixels (H, W, 3) as Pillow's of an RGB JPEG, faster; None if it is incomplete."""
+    """The pixels (H, W, 3) of an RGB JPEG, equal to Pillow's if it is not damaged, but faster.
+
+    None for a file that is incomplete, very large or not readable by OpenCV, which writes
+    libjpeg's warnings to the screen and has no switch for it.
+    """
+    with open(path, "rb") as file:
+        num_bytes = file.seek(-len(END_OF_JPEG), os.SEEK_END)
+        # Before version 4.11 OpenCV fills an incomplete image with gray.
+        if num_bytes > MAX_JPEG or file.read() != END_OF_JPEG:
+            return None
+        file.seek(0)
+        content = np.frombuffer(file.read(), np.uint8)
     cv2 = _opencv()
-    content = np.fromfile(path, np.uint8)
-    if content[-2:].tobytes() != END_OF_JPEG:  # before version 4.11 OpenCV fills it with gray
-        return None
     pixels = cv2.imdecode(content, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
     return None if pixels is None else cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
 
@@ -1087,13 +1096,14 @@ class Transform:
 def _resize(pixels: np.ndarray, size: int) -> np.ndarray:
     """(H, W, 3) `uint8` as (size, size, 3).
 
-    An image of twice the size or more is first reduced by the mean of its pixels, which avoids
+    Of an image of twice the size or more, whole numbers of pixels are averaged first, which avoids
     aliasing. Below that, interpolation is as good and much faster (tests/benchmarks/README.md).
     """
     cv2 = _opencv()
     height, width = pixels.shape[:2]
     factor = min(height, width) // size
     if factor > 1:
+        pixels = pixels[: height - height % factor, : width - width % factor]
         smaller = (width // factor, height // factor)
         pixels = cv2.resize(pixels, smaller, interpolation=cv2.INTER_AREA)
     return cv2.resize(pixels, (size, size), interpolation=cv2.INTER_LINEAR)

@@ -152,7 +152,7 @@ def encode_images(
     device: torch.device,
     batches: Iterable[dict[str, Any]] | None = None,
 ) -> tuple[Tensor, dict[int, UserError]]:
-    """Encodes the image files `paths`; `batches`, if passed, are those of `build_image_loader`.
+    """Encodes the image files `paths`; `batches` may be a `build_image_loader` of the same paths.
 
     Returns unit vectors (R, D) on the CPU of the R readable files, in the order of `paths`, and
     the error of each other file by its index in `paths`. The vectors stay on the device until all
@@ -418,7 +418,7 @@ def evaluate(
     """`retrieval_metrics` of a split: each image once, and each text once.
 
     With `references` also the metrics with hub correction, whose names end in `_nnn`. `loader` is
-    one of the split's images, see `encode_images`. Raises `UserError` for an image that cannot be
+    a `build_image_loader` of the split's images. Raises `UserError` for an image that cannot be
     read.
     """
     captions = split.texts

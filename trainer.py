@@ -76,6 +76,7 @@ from models import (
     build_clip,
     chance_loss,
     contrastive_loss,
+    eval_image_size,
     freeze,
     keep_depthwise_float32,
     load_checkpoint,
@@ -533,7 +534,7 @@ def setup(config: Config, checkpoint: Checkpoint | None, dist: Distributed) -> R
     if saved_digest and not config.allow_changed_data:
         check_data_unchanged(saved_digest, digest, config)
     else:
-        check_images(splits)
+        check_images(splits, eval_image_size(model.image, config))
 
     # -1, the default, becomes the encoder's rate: 0 if it has no stochastic depth.
     config = replace(config, drop_path=model.image.encoder.drop_path)
@@ -636,19 +637,20 @@ def load_splits(config: Config, dist: Distributed) -> dict[str, Split]:
     return splits
 
 
-def check_images(splits: dict[str, Split]) -> None:
+def check_images(splits: dict[str, Split], size: int) -> None:
     """Reads the header of every image, so that a broken one is named before the first step.
 
-    Test images are read completely, because they are used only when the training is over. Not
-    needed when a run is resumed with the data that it was started with.
+    Test images are read completely, as they are for the size of evaluation, because they are used
+    only when the training is over. Not needed when a run is resumed with the data that it was
+    started with.
     """
     for name, split in splits.items():
         for path in progress(split.paths, f"checking {name} images", leave=False):
             if name == "test":
-                load_image(path)
-                continue
-            with open_image(path):
-                pass
+                load_image(path, size)
+            else:
+                with open_image(path):
+                    pass
 
 
 def param_groups(model: CLIP, config: Config) -> list[dict[str, Any]]:

@@ -103,17 +103,25 @@ def test_load_image_converts_cmyk_to_rgb(tmp_path: Path):
         pytest.param("CMYK", {}, id="print"),
     ],
 )
-@pytest.mark.parametrize("trailer", [b"", b"thumbnail"])
+@pytest.mark.parametrize("trailer", [b"", b"video", b"video" + data.END_OF_JPEG])
 def test_load_image_reads_the_pixels_of_pillow(
     tmp_path: Path, mode: str, options: dict[str, Any], trailer: bytes
 ):
-    """Though OpenCV decodes plain JPEG files."""
+    """Though OpenCV decodes plain JPEG files, with or without something appended."""
     image = noise_image(np.random.default_rng(0), 45, 67).convert(mode)
     path = save_image(tmp_path, "photo.jpg", image, **options)
     path.write_bytes(path.read_bytes() + trailer)
     with Image.open(path) as reopened:
         expected = np.asarray(reopened.convert("RGB"))
     assert (load_image(path) == expected).all()
+
+
+def test_a_small_image_in_a_huge_file_takes_little_memory(tmp_path: Path):
+    path = save_image(tmp_path, "photo.jpg", Image.new("RGB", (8, 8), "red"))
+    with path.open("r+b") as file:
+        file.seek(2**34)  # of 16 GB, nearly all of which is a hole
+        file.write(data.END_OF_JPEG)
+    assert load_image(path).shape == (8, 8, 3)
 
 
 def test_plain_jpegs_are_decoded_by_opencv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

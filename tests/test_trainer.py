@@ -38,7 +38,7 @@ import inference
 import models
 import trainer
 from config import Config, UserError, parse
-from data import read_splits
+from data import load_image, read_splits
 from inference import RECALLS, evaluate
 from models import build_wordpiece_tokenizer, load_checkpoint, load_clip
 from trainer import best_epoch, main, param_groups, warmup_then_cosine
@@ -842,6 +842,17 @@ def test_truncated_image_of_another_split_stops_training_early(
     path.write_bytes(content[: len(content) // 2])
     monkeypatch.setattr(trainer, "contrastive_loss", at_step(STEPS + 1, AssertionError("late")))
     assert str(path.relative_to(workdir)) in error_message(main, *TINY, "--data-dir", "own")
+
+
+def test_test_images_are_checked_as_they_are_scored(workdir, own_shapes):
+    """This one is readable at full size, but not at the reduced size of evaluation."""
+    path = read_splits(own_shapes)["test"].paths[-1]
+    Image.new("RGB", (1800, 1400), "red").save(path, "JPEG")
+    jpeg = path.read_bytes()
+    path.write_bytes(jpeg[: len(jpeg) // 2] + jpeg)
+    assert load_image(path).shape == (1400, 1800, 3)
+    assert str(path.relative_to(workdir)) in error_message(main, *TINY, "--data-dir", "own")
+    assert names_in(workdir) == ["own"]
 
 
 # ---------------------------------------------------------------- frozen encoders

@@ -102,7 +102,7 @@ def large_crops() -> None:
 
 @change("RandAugment and random erasing")
 def strong_augmentation() -> None:
-    """Two of seven operations that keep colors, and a gray rectangle in half of the images."""
+    """Two of six operations that keep colors, and a gray rectangle in half of the images."""
     original_init = data.Transform.__init__
     original_augment = data.Transform.augment
 
@@ -114,7 +114,6 @@ def strong_augmentation() -> None:
             A.Rotate((-15, 15), border_mode=cv2.BORDER_REFLECT, p=1.0),
             A.Affine(shear=(-12, 12), border_mode=cv2.BORDER_REFLECT, p=1.0),
             A.Affine(translate_percent=(-0.1, 0.1), border_mode=cv2.BORDER_REFLECT, p=1.0),
-            A.AutoContrast(p=1.0),
             A.Sharpen(p=1.0),
             A.GaussianBlur(p=1.0),
             A.Perspective(p=1.0),
@@ -196,7 +195,10 @@ def two_captions() -> None:
 
 @change("text-text term")
 def text_text_term() -> None:
-    """Adds half of the contrastive loss between two captions of each image."""
+    """Adds half of the contrastive loss between two captions of each image.
+
+    In the added term, equal captions of different images are negatives.
+    """
     original_loss = models.contrastive_loss
 
     def loss(
@@ -296,7 +298,7 @@ def generalized_pooling() -> None:
 
 @change("attention pooling")
 def attention_pooling() -> None:
-    """That of CLIP's ResNets (section 2.4): the mean of the features asks for their weights."""
+    """That of CLIP's ResNets (section 2.4), whose query is the mean of the features."""
     from timm.layers import AttentionPool2d
 
     replace_pooling(lambda encoder: AttentionPool2d(encoder.feature_dim, feat_size=7))
@@ -445,7 +447,10 @@ def hard_negatives() -> None:
 
 @change("sigmoid loss")
 def sigmoid_loss() -> None:
-    """The loss of SigLIP (arXiv 2303.15343): each of the B x B pairs is matched or not."""
+    """The loss of SigLIP (arXiv 2303.15343): each of the B x B pairs is matched or not.
+
+    Unlike in the recipe, equal captions of different images are negatives.
+    """
     original_groups = trainer.param_groups
     biases: list[nn.Parameter] = []
 
