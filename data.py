@@ -1086,7 +1086,7 @@ class Transform:
         if rng.random() < 0.5 and not mentions_side:
             pixels = self.flip(pixels)
         pixels = _square_crop(pixels, position=rng.random())
-        # Only the position of the crop is Albumentations': its resizing takes five times as long.
+        # Only the position of the crop is Albumentations', which has no such resizing as `_resize`.
         sampled = self.crop.get_params_dependent_on_data({"shape": pixels.shape}, {})
         left, top, right, bottom = sampled["crop_coords"]
         pixels = _resize(pixels[top:bottom, left:right], self.size)
