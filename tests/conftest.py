@@ -55,10 +55,6 @@ CONFIG = Config(
 PRETRAINED_CONFIG = replace(CONFIG, pretrained=True, text_layers=0, text_width=0)
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", 'slow: takes seconds; left out by -m "not slow"')
-
-
 # ---------------------------------------------------------------- commands
 
 
