@@ -1250,8 +1250,11 @@ def limit_workers(num_workers: int, batch_bytes: int) -> int:
 
 
 def _workers_for_gpu() -> int:
-    """One for each core that this process has, if torchrun started several on this machine."""
-    cores_per_process = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    """One for each core that this process may use, beside the others that torchrun started."""
+    cores = os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))  # of a container or a job, not of the whole machine
+    cores_per_process = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return max(4, min(cores_per_process, 16))
 
 

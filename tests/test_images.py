@@ -1110,7 +1110,7 @@ def test_loader_chooses_number_of_workers(
     expected: int,
 ):
     """With -1: four on the CPU, one per core of this process on a GPU. Else as given."""
-    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)), raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_world_size))
     config = Config(image_size=32, batch_size=4, num_workers=num_workers)
     loader = build_train_loader(noise, tokenizer_of(noise), config, torch.device(device))
