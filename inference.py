@@ -83,6 +83,7 @@ NNN_K = 16  # nearest references, of at least MIN_REFERENCES
 NNN_ALPHA = 0.75  # weight of the bias
 MAX_REFERENCES = 10_000
 MIN_REFERENCES = 1000  # 100 hurt, 1,000 help (tests/benchmarks/RESULTS.md)
+MAX_PLOTTED = 20  # queries in a figure, each of which takes half a second
 THUMBNAIL_SIDE = 300  # pixels
 DARK = 16  # an image whose pixels are all below this, of 255, is nearly black
 
@@ -254,11 +255,11 @@ def cosine_similarity(left: Tensor, right: Tensor) -> Tensor:
 
 
 def top_matches(queries: Tensor, images: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """The n images with the largest cosine for each query, exactly.
+    """The n images with the largest inner product with each query, exactly.
 
-    `queries` (Q, D) and `images` (N, D) are unit vectors on the CPU. Returns cosines and indices
-    of images, both (Q, min(n, N)), largest first. Images are ranked in blocks, so that memory does
-    not grow with their number.
+    `queries` (Q, D) and `images` (N, D) are on the CPU; of unit vectors the inner product is the
+    cosine. Returns inner products and indices of images, both (Q, min(n, N)), largest first. Images
+    are ranked in blocks, so that memory does not grow with their number.
     """
     n = min(n, len(images))
     max_queries = max(1, min(MAX_QUERIES, MAX_MATCHES // max(1, n)))
@@ -368,7 +369,7 @@ def retrieval_metrics(
         image_embeddings, text_embeddings, text_bias, pairs.flip(0), scores_per_block
     )
     metrics = {}
-    for direction, ranks in (("t2i", t2i_ranks), ("i2t", i2t_ranks)):
+    for direction, ranks in zip(DIRECTIONS, (t2i_ranks, i2t_ranks)):
         for k in RECALL_KS:
             metrics[f"{direction}_r{k}"] = recall_at_k(ranks, k)
         metrics[f"{direction}_medr"] = float(np.median(ranks))
@@ -424,7 +425,7 @@ def evaluate(
     captions = split.texts
     row_of = {text: row for row, text in enumerate(dict.fromkeys(captions))}
     text_ids = torch.tensor([row_of[text] for text in captions])
-    captions_per_image = torch.tensor([len(captions) for captions in split.captions])
+    captions_per_image = torch.tensor([len(own) for own in split.captions])
     image_of_text = torch.arange(len(split.paths)).repeat_interleave(captions_per_image)
 
     if loader is None:
@@ -617,12 +618,13 @@ class Searcher:
         """For each query (a string is one query) its n best matches, best first.
 
         Searches the images in the folder `images` and its subfolders, or without one the test
-        images of the data set that the model was trained on.
+        images of the data set that the model was trained on. Each call lists the folder and
+        verifies the index, which takes about a second for 20,000 images: pass many queries at once.
         """
         queries = _as_list(queries)
         vectors = self.encode_texts(queries)  # (Q, D)
-        candidates = self._load_candidates(images)
-        return self._rank(queries, vectors, candidates, n, correct=self.nnn)
+        image_set = self._load_embeddings(images)
+        return self._rank(queries, vectors, image_set, n, correct=self.nnn)
 
     def similar(
         self, image: ImageSource, images: str | Path | None = None, n: int = 8
@@ -631,27 +633,27 @@ class Searcher:
         name = "image" if isinstance(image, Image.Image) else str(image)
         # Without hub correction, whose bias is estimated for queries that are texts.
         vectors = self.encode_images([image])  # (1, D)
-        candidates = self._load_candidates(images)
-        return self._rank([name], vectors, candidates, n, correct=False)[0]
+        image_set = self._load_embeddings(images)
+        return self._rank([name], vectors, image_set, n, correct=False)[0]
 
     def _rank(
         self,
         queries: list[str],
         vectors: Tensor,
-        candidates: tuple[list[Path], Tensor],
+        image_set: tuple[list[Path], Tensor],  # of `_load_embeddings`
         n: int,
         correct: bool,
     ) -> list[list[Match]]:
-        """The n best of `_load_candidates` for each of the unit vectors (Q, D) of `queries`."""
+        """The n best of the `image_set` for each of the unit vectors (Q, D) of `queries`."""
         _check_n(n)
-        paths, rows = candidates
+        paths, embeddings = image_set  # (N, D), or (N, D + 1) with minus the bias
         if self.has_bias:
             weight_of_bias = torch.full((len(queries), 1), float(correct))
             vectors = torch.hstack([vectors, weight_of_bias])  # (Q, D + 1)
-        scores, indices = top_matches(vectors, rows, n)  # (Q, n)
+        scores, indices = top_matches(vectors, embeddings, n)  # (Q, n)
         if not scores.isfinite().all():
             raise UserError(f"{self.checkpoint_path}: is damaged, its cosines are not finite")
-        cosines = scores - rows[indices, -1] if correct else scores
+        cosines = scores - embeddings[indices, -1] if correct else scores
         results = []
         for i, query in enumerate(queries):
             hits = zip(scores[i].tolist(), cosines[i].tolist(), indices[i].tolist())
@@ -710,10 +712,10 @@ class Searcher:
         Embeddings are kept in an index beside the checkpoint. Only images that are new or changed
         since then, by path, size, times and inode, are encoded. Unreadable ones are tried again.
         """
-        paths, rows = self._load_candidates(images)
-        return paths, rows[:, : self.config.projection_dim]
+        paths, embeddings = self._load_embeddings(images)
+        return paths, embeddings[:, : self.config.projection_dim]
 
-    def _load_candidates(self, images: str | Path | None) -> tuple[list[Path], Tensor]:
+    def _load_embeddings(self, images: str | Path | None) -> tuple[list[Path], Tensor]:
         """As `index_images`, with a last column of minus the images' bias if there are references.
 
         With it, corrected scores are one inner product, with queries that end in 1.
@@ -815,7 +817,10 @@ def show_matches(results: list[list[Match]], output: Path) -> None:
         for match in matches:
             score = f"{match.score:6.3f}  " if corrected else ""
             print(f"{match.rank:4}  {score}{match.cosine:6.3f}  {printable(match.path)}")
-    _save(results, lambda: plot_matches(results), output)
+    plotted = results[:MAX_PLOTTED]
+    if len(plotted) < len(results) and output.suffix.lower() != ".csv":
+        print(f"\nthe figure has the first {MAX_PLOTTED} queries; --output matches.csv has all")
+    _save(results, lambda: plot_matches(plotted), output)
 
 
 def show_probabilities(matches: list[Match], output: Path) -> None:
@@ -928,7 +933,7 @@ class Page:
 
     def __init__(self, searcher: Searcher, images: Path | None) -> None:
         self.searcher = searcher
-        self.candidates = searcher._load_candidates(images)
+        self.image_set = searcher._load_embeddings(images)
         examples = [searcher.checkpoint.example_query]
         if images is None:
             captions = searcher.test_split.captions
@@ -946,7 +951,7 @@ class Page:
 
     def _best(self, vector: Tensor, n: int, correct: bool) -> tuple[list, list[Path]]:
         """Thumbnails with captions of the n best images for a unit vector (1, D), and paths."""
-        matches = self.searcher._rank(["query"], vector, self.candidates, n, correct)[0]
+        matches = self.searcher._rank(["query"], vector, self.image_set, n, correct)[0]
         items = []
         for match in matches:
             caption = f"{match.rank}.  {match.score:.3f}\n{printable(match.path.name)}"

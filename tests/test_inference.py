@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import error_message, script
@@ -555,6 +556,28 @@ def test_command_reads_queries_from_stdin(
     assert len(parse_matches(stdout)) == 4
     for query in QUERIES:
         assert f"\n{query}\n" in stdout
+
+
+def test_figure_has_the_first_queries_and_a_table_has_all(
+    checkpoint: Path,
+    image_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """So that a thousand queries do not take minutes, for an image that cannot be read."""
+    monkeypatch.setattr(inference, "MAX_PLOTTED", 1)
+    flags = ["--images", image_dir, "--n", 2]
+    run(checkpoint, *flags, "--query", QUERIES[0], "--output", "one.png")
+    assert "the figure has" not in capsys.readouterr().out
+    both = [*flags, "--query", QUERIES[0], "--query", QUERIES[1]]
+    run(checkpoint, *both, "--output", "both.png")
+    stdout = capsys.readouterr().out
+    assert "the figure has the first 1 queries; --output matches.csv has all" in stdout
+    assert len(parse_matches(stdout)) == 4
+    assert Path("both.png").read_bytes() == Path("one.png").read_bytes()
+    run(checkpoint, *both, "--output", "both.csv")
+    assert "the figure has" not in capsys.readouterr().out
+    assert len(pd.read_csv("both.csv")) == 4
 
 
 def test_command_reads_texts_for_an_image_from_stdin(

@@ -739,9 +739,9 @@ def query_page(options: Namespace) -> dict[str, float]:
 
     save_checkpoint(options)
     page = Page(Searcher("best.pt", "cpu", data_dir=options.data_dir), None)
-    paths, vectors = page.candidates
+    paths, vectors = page.image_set
     vectors = torch.nn.functional.normalize(torch.randn(10_000, vectors.shape[1]))
-    page.candidates = [paths[i % len(paths)] for i in range(10_000)], vectors
+    page.image_set = [paths[i % len(paths)] for i in range(10_000)], vectors
     texts = read_splits(options.data_dir)["test"].texts[:100]
     page.search(texts[0], 8)  # warms up
     times = [seconds_of(partial(page.search, text, 8)) for text in texts]
