@@ -220,49 +220,6 @@ def _check_exclusive(settings: Any, name: str, *others: str) -> None:
             raise ValueError(f"{flags[1]}: has no effect with {flags[0]}; leave one of them out")
 
 
-@dataclass(frozen=True)
-class MaxLength:
-    """A rule of `check_value`: a text of at most this many characters."""
-
-    characters: int
-
-
-def check_value(value: Any, rule: Any, name: str) -> None:
-    """Raises `ValueError` for a value from a file, called `name`, that does not fit a rule.
-
-    A range or two floats bound a number of that type, a set lists the values, `MaxLength` bounds a
-    text, a type is that of the value, and a dict has a rule for each key that may occur. Of a list
-    of rules one must fit.
-    """
-    if isinstance(rule, dict) and type(value) is dict:
-        for key, inner in value.items():
-            check_value(inner, rule.get(key, set()), f"{name}: {short(key)}")
-    elif not _fits(value, rule):
-        raise ValueError(f"{name} is {short(value)}, which is not allowed")
-
-
-def _fits(value: Any, rule: Any) -> bool:
-    if isinstance(rule, list):
-        return any(_fits(value, one) for one in rule)
-    if isinstance(rule, type):
-        return type(value) is rule
-    if isinstance(rule, set):
-        return any(type(value) is type(allowed) and value == allowed for allowed in rule)
-    if isinstance(rule, MaxLength):
-        return type(value) is str and len(value) <= rule.characters
-    if isinstance(rule, range):
-        return type(value) is int and value in rule
-    if isinstance(rule, tuple):
-        return type(value) is float and rule[0] <= value <= rule[1]  # NaN is in no range
-    return False
-
-
-def short(value: Any) -> str:
-    """A value for an error message; containers may be too large to print."""
-    is_scalar = type(value) in (str, int, float, bool, type(None))
-    return repr(value)[:60] if is_scalar else f"a {type(value).__name__}"
-
-
 Settings = TypeVar("Settings", Config, SearchConfig)
 
 

@@ -32,64 +32,17 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
-from config import Config, MaxLength, UserError, check_value, printable, short
+from config import Config, UserError, printable
 
 # "Clipped to prevent scaling the logits by more than 100" (arXiv 2103.00020, section 2.4).
 MAX_LOGIT_SCALE = 100.0
 EVAL_SCALE = 9 / 7  # image side in evaluation over that in training (tests/benchmarks/RESULTS.md)
 DEFAULT_DROP_PATH = 0.1  # of image encoders that have stochastic depth
 CHECKPOINT_FORMAT = "clip weights 1"
-TokenBatches = list[tuple[Tensor, Tensor]]  # token ids and mask, both (b, T), of part of a batch
-
-# What a checkpoint may contain, as rules for `config.check_value`.
-REQUIRED = {"format", "config", "image_encoder", "text_encoder", "tokenizer", "example_query"}
-TRAINING = {"optimizer", "schedule", "scaler", "history"}  # required in a last.pt
-MAX_PICKLE = 64_000_000  # bytes, of all that is not a tensor
-MAX_OPCODES = 2_000_000  # of the pickle, which take at most 500 MB of memory
-MAX_REUSES = 16  # of a pickle's containers
-MAX_BUFFER = 10_000_000  # elements of an encoder that are not in its state dict
-DTYPES = {torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.bool}
-CLASSES = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch FloatStorage"}
-CLASSES |= {f"torch {dtype}Storage" for dtype in ("Half", "BFloat16", "Long", "Int", "Bool")}
-IMAGE_ENCODER_ARGS = {  # of timm.create_model
-    "num_classes": range(1_000_000),
-    "in_chans": {3},
-    "global_pool": MaxLength(20),
-    "img_size": [{None}, range(1, 2049), list, tuple],
-    "drop_path_rate": [{None}, (0.0, 0.9)],
-}
-SCHEMA = {  # of the values that are not tensors
-    "format": {CHECKPOINT_FORMAT},
-    "config": {name: type(value) for name, value in asdict(Config()).items()},
-    "image_encoder": {"name": MaxLength(200), "arguments": IMAGE_ENCODER_ARGS},
-    "text_encoder": dict,
-    "tokenizer": MaxLength(20_000_000),
-    "example_query": MaxLength(10_000),
-    "schedule": dict,  # part of the file format, but never read: it follows from the settings
-    "scaler": dict,  # this and the next two are validated in trainer.py
-    "history": list,
-    "data": dict,
-}
 TEXT_ENCODERS = {"albert", "bert", "camembert", "data2vec-text", "deberta", "deberta-v2"}
 TEXT_ENCODERS |= {"distilbert", "electra", "ernie", "modernbert", "mpnet", "nomic_bert", "rembert"}
 TEXT_ENCODERS |= {"roberta", "roberta-prelayernorm", "roformer", "xlm-roberta"}
-TEXT_SETTINGS = {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
-TEXT_SETTINGS |= {"chunk_size_feed_forward": 0}  # those that are the same for all
-
-TRUNCATION = {"max_length": range(4, 513), "strategy": {"LongestFirst"}, "stride": {0}}
-TRUNCATION |= {"direction": {"Left", "Right"}}
-PADDING = {"strategy": {"BatchLongest"}, "pad_to_multiple_of": {None}, "pad_type_id": {0}}
-PADDING |= {"direction": {"Left", "Right"}, "pad_id": range(1_000_000), "pad_token": MaxLength(100)}
-TOKENIZER_PARTS = {  # components, none of which makes a text many times as long
-    "normalizer": "BertNormalizer Lowercase NFC NFD NFKC NFKD Nmt Precompiled Replace Strip "
-    "StripAccents",
-    "pre_tokenizer": "BertPreTokenizer ByteLevel Digits Metaspace Punctuation Whitespace "
-    "WhitespaceSplit",
-    "post_processor": "BertProcessing ByteLevel RobertaProcessing TemplateProcessing",
-    "model": "BPE Unigram WordLevel WordPiece",
-}
-REPLACED = ({"Regex": " {2,}"}, {"String": "``"}, {"String": "''"})  # by XLM-R and ALBERT
-REPLACED += ({"Regex": r"\s{2,}|[\n\r\t]"},)  # by DeBERTa-v2
+TokenBatches = list[tuple[Tensor, Tensor]]  # token ids and mask, both (b, T), of part of a batch
 
 
 # ---------------------------------------------------------------- model
@@ -217,8 +170,9 @@ class CLIP(nn.Module):
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
-        """Keeps the temperature at 0.01 or more (section 2.4). Call it after each step."""
-        self.logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
+        """Keeps the temperature between 0.01 (section 2.4) and 100. Call it after each step."""
+        limit = math.log(MAX_LOGIT_SCALE)
+        self.logit_scale.clamp_(-limit, limit)
 
 
 def checkpointed_encode(tower: Tower, *inputs: Tensor) -> Tensor:
@@ -257,7 +211,7 @@ def frozen_bn_stats(tower: Tower) -> Iterator[None]:
 def eval_image_size(image: Tower, config: Config) -> int:
     """Side in pixels of the images to encode for validation and search.
 
-    It is larger than in training, because training crops enlarge what they show (arXiv 1906.06423),
+    About 9/7 of that in training, because training crops enlarge what they show (arXiv 1906.06423),
     and a multiple of 32, because most encoders halve it five times.
     """
     fixed_size = "img_size" in image.encoder.model._model_args  # such as a ViT
@@ -523,6 +477,9 @@ def _forward_float32(module: nn.Module, inputs: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------- checkpoints
 
+TEXT_SETTINGS = {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
+TEXT_SETTINGS |= {"chunk_size_feed_forward": 0}  # whatever the pretrained one had
+
 
 @dataclass
 class Checkpoint:
@@ -625,113 +582,6 @@ def load_checkpoint(path: str | Path, mmap: bool = False) -> Checkpoint:
         raise UserError(f"{path}: not a complete checkpoint of this program: {reason}") from None
 
 
-def _verify_archive(path: str | Path) -> tuple[list[tuple[str, int]], int]:
-    """Verifies the checksums of torch's file format, a zip archive with a record per tensor.
-
-    Returns names and checksums of the records, and the total size of the tensors in bytes. Raises
-    an exception that names a damaged record, and for a pickle that contains more than tensors and
-    plain values.
-    """
-    with zipfile.ZipFile(path) as archive:
-        records = archive.infolist()
-        if any(r.compress_type or r.compress_size != r.file_size for r in records):
-            raise ValueError("its records are compressed")
-        if sum(r.file_size for r in records) > os.path.getsize(path):
-            raise ValueError("its records are larger than the file")
-        if len({r.filename.lower() for r in records}) < len(records):
-            raise ValueError("it has two records of one name")
-        damaged = archive.testzip()
-        if damaged:
-            raise ValueError(f"its record {damaged} is damaged")
-        folder = records[0].filename.partition("/")[0]
-        if archive.getinfo(f"{folder}/data.pkl").file_size > MAX_PICKLE:
-            raise ValueError("its plain values are too large")
-        _check_pickle(archive.read(f"{folder}/data.pkl"))
-    num_bytes = sum(r.file_size for r in records if r.filename.startswith(f"{folder}/data/"))
-    return [(r.filename, r.CRC) for r in records], num_bytes
-
-
-def _check_pickle(pickle: bytes) -> None:
-    """Raises `ValueError` for other classes than those of plain tensors, and for too many values.
-
-    A container may be used again 16 times at most: with more, a small file could contain values
-    that are exponentially large when they are walked.
-    """
-    containers, num_reuses, previous = set(), 0, ""
-    for count, (opcode, argument, _) in enumerate(pickletools.genops(pickle)):
-        name = opcode.name
-        if name == "GLOBAL" and argument not in CLASSES:
-            raise ValueError(f"it contains {short(argument)}, which is not a plain value")
-        if name.endswith("PUT") and previous.startswith(("TUPLE", "EMPTY", "REDUCE")):
-            containers.add(argument)
-        num_reuses += name.endswith("GET") and argument in containers
-        if count > MAX_OPCODES or num_reuses > MAX_REUSES:
-            raise ValueError("it has too many values")
-        previous = name
-
-
-def _validate_checkpoint(content: dict[str, Any], num_bytes: int) -> None:
-    """Raises an exception unless the content has the fields, types and bounds of a checkpoint."""
-    if content.get("format") != CHECKPOINT_FORMAT:
-        raise ValueError("its format is another one")
-    missing = (REQUIRED | {"model"}) - content.keys()
-    if content.keys() & TRAINING:
-        missing |= TRAINING - content.keys()
-    if missing:
-        raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-    fields = dict(content)
-    model, references = fields.pop("model"), fields.pop("references", {})
-    states = fields.pop("optimizer", {"state": {}})["state"]
-    groups = {"model": model, "references": references, **states}
-    _check_tensors(groups, num_bytes)
-    scale = model["logit_scale"]
-    if scale.ndim or not abs(scale.item()) <= math.log(MAX_LOGIT_SCALE) + 1e-4:
-        raise ValueError("its logit_scale is not a number within the clamp")
-    check_value(fields, SCHEMA, "its content")
-    for name, value in fields["text_encoder"].items():
-        check_value(value, _text_setting_rule(str(name)), f"its text encoder's {short(name)}")
-
-
-def _text_setting_rule(name: str) -> list[Any]:
-    """The values that `config.check_value` allows for a setting of a text encoder.
-
-    Numbers of layers and of groups are at most 100, other integers a million, and rates of dropout
-    lie in [0, 1]. Texts have at most 100 characters.
-    """
-    if "layers" in name or "group" in name:
-        return [range(101), {None}, MaxLength(100), list, dict]
-    largest = 1.0 if "drop" in name else 1e6
-    numbers = [range(-100, 1_000_001), (0.0, largest)]
-    return [*numbers, {None, True, False}, MaxLength(100), list, dict]
-
-
-def _check_tensors(groups: dict[Any, dict[str, Any]], num_bytes: int) -> None:
-    """Raises `ValueError` unless all are dense, with storages of their own, `num_bytes` in all."""
-    owners = set()
-    for group, tensors in groups.items():
-        for name, tensor in tensors.items():
-            if not _is_dense(tensor) or tensor.data_ptr() in owners:
-                raise ValueError(
-                    f"its {short(group)} {short(name)} is not a dense tensor of its own storage"
-                )
-            if tensor.numel():
-                owners.add(tensor.data_ptr())
-                num_bytes -= tensor.untyped_storage().nbytes()
-    if num_bytes:
-        raise ValueError("its tensors have other sizes than its records")
-
-
-def _is_dense(tensor: Any) -> bool:
-    """Whether it is a tensor of numbers that fills its storage, in any order of dimensions."""
-    if type(tensor) is not Tensor or tensor.dtype not in DTYPES or tensor.requires_grad:
-        return False
-    squeezed = tensor.squeeze()  # of dimensions of one element the stride has no meaning
-    order = sorted(range(squeezed.ndim), key=squeezed.stride, reverse=True)  # as channels_last
-    num_bytes = tensor.numel() * tensor.element_size()
-    fills = num_bytes == tensor.untyped_storage().nbytes()
-    return fills and not tensor.is_neg() and squeezed.permute(order).is_contiguous()
-
-
 def _checkpoint_of(content: dict[str, Any], checksums: list[tuple[str, int]]) -> Checkpoint:
     """The validated content of a file as a `Checkpoint`."""
     # Checkpoints older than stochastic depth lack the setting and were trained without it.
@@ -759,77 +609,6 @@ def _checkpoint_of(content: dict[str, Any], checksums: list[tuple[str, int]]) ->
         references=references,
         training=training,
     )
-
-
-def _validate_references(references: References, projection_dim: int) -> None:
-    if len(references.images) == 0:
-        raise ValueError("it has no references")
-    shape = (len(references.images), projection_dim)
-    for tensor in (references.images, references.texts):
-        if (
-            tensor.dtype is not torch.float16
-            or tensor.shape != shape
-            or not tensor.isfinite().all()
-        ):
-            raise ValueError("its references are not unit vectors of its embedding dimension")
-
-
-def read_tokenizer(text: str) -> Tokenizer:
-    """A tokenizer of known components, with padding and truncation, from its JSON text.
-
-    Raises an exception if it has other components, or does not pad and truncate.
-    """
-    parts = json.loads(text)
-    for part, rules in (("padding", PADDING), ("truncation", TRUNCATION)):
-        if not parts.get(part) or parts[part].keys() != rules.keys():
-            raise ValueError(f"its tokenizer has no {part}")
-        check_value(parts[part], rules, f"its {part}")
-    for part, known in TOKENIZER_PARTS.items():
-        _check_components(parts.get(part), known.split())
-    tokenizer = Tokenizer.from_str(json.dumps(parts))
-    examples = tokenizer.encode_batch(["a", "a large gr\u00fcn \u4e2d \U0001f600 " * 200])
-    lengths = {len(example.ids) for example in examples}
-    largest_id = max(max(example.ids) for example in examples)
-    if len(lengths) > 1 or max(lengths) > parts["truncation"]["max_length"]:
-        raise ValueError("its tokenizer does not pad and truncate")
-    if largest_id > max(tokenizer.get_vocab().values()) or parts["model"].get("dropout"):
-        raise ValueError("its tokenizer gives other ids than those of its vocabulary")
-    return tokenizer
-
-
-def _check_components(component: Any, known: list[str]) -> None:
-    """Raises an exception for components that are unknown, repeat, or make a text long."""
-    pending, kinds = [component] if component else [], []
-    while pending:
-        component = pending.pop()
-        kind = component["type"]
-        if kind == "Sequence":  # its components are its only list
-            pending += next(value for value in component.values() if type(value) is list)
-            continue
-        is_repeated = kind in kinds and kind != "Replace"
-        if kind not in known or is_repeated or len(kinds) > 10 or not _is_bounded(component):
-            raise ValueError(f"its tokenizer has {short(kind)}, which is not allowed")
-        kinds.append(kind)
-
-
-def _is_bounded(component: dict[str, Any]) -> bool:
-    """Whether a component replaces each letter by a few and adds a few tokens."""
-    if component["type"] == "Replace":
-        return component["pattern"] in REPLACED and len(component["content"]) <= 1
-    if component["type"] == "Precompiled":  # size of a trie, the trie, and what replaces letters
-        table = base64.b64decode(component["precompiled_charsmap"])
-        replacements = table[4 + int.from_bytes(table[:4], "little") :]
-        return max(map(len, replacements.split(b"\0"))) <= 64
-    if component["type"] == "TemplateProcessing":
-        added = [
-            piece["SpecialToken"]["id"]
-            for piece in component["single"]
-            if len(piece) == 1 and "SpecialToken" in piece
-        ]
-        tokens = component["special_tokens"]
-        has_ids = all(len(tokens[name]["ids"]) == 1 for name in added)
-        return has_ids and len(added) == len(component["single"]) - 1 <= 8
-    return True
 
 
 def load_tower(checkpoint: Checkpoint, part: str) -> Tower:
@@ -925,14 +704,286 @@ def _rebuild_text_encoder(checkpoint: Checkpoint) -> TextEncoder:
     return TextEncoder(AutoModel.from_config(model_config, trust_remote_code=False))
 
 
+# ---------------------------------------------------------------- validation of checkpoints
+
+
+@dataclass(frozen=True)
+class MaxLength:
+    """A rule of `check_value`: a text of at most this many characters."""
+
+    characters: int
+
+
+def check_value(value: Any, rule: Any, name: str) -> None:
+    """Raises `ValueError` for a value from a file, called `name`, that does not fit a rule.
+
+    A range or two floats bound a number of that type, a set lists the values, `MaxLength` bounds a
+    text, a type is that of the value, and a dict has a rule for each key that may occur. Of a list
+    of rules one must fit.
+    """
+    if isinstance(rule, dict) and type(value) is dict:
+        for key, inner in value.items():
+            check_value(inner, rule.get(key, set()), f"{name}: {short(key)}")
+    elif not _fits(value, rule):
+        raise ValueError(f"{name} is {short(value)}, which is not allowed")
+
+
+def _fits(value: Any, rule: Any) -> bool:
+    if isinstance(rule, list):
+        return any(_fits(value, one) for one in rule)
+    if isinstance(rule, type):
+        return type(value) is rule
+    if isinstance(rule, set):
+        return any(type(value) is type(allowed) and value == allowed for allowed in rule)
+    if isinstance(rule, MaxLength):
+        return type(value) is str and len(value) <= rule.characters
+    if isinstance(rule, range):
+        return type(value) is int and value in rule
+    if isinstance(rule, tuple):
+        return type(value) is float and rule[0] <= value <= rule[1]  # NaN is in no range
+    return False
+
+
+def short(value: Any) -> str:
+    """A value for an error message; containers may be too large to print."""
+    is_scalar = type(value) in (str, int, float, bool, type(None))
+    return repr(value)[:60] if is_scalar else f"a {type(value).__name__}"
+
+
+# What a checkpoint may contain, as rules for `check_value`.
+REQUIRED = {"format", "config", "image_encoder", "text_encoder", "tokenizer", "example_query"}
+REQUIRED |= {"model"}
+TRAINING = {"optimizer", "schedule", "scaler", "history"}  # required in a last.pt
+MAX_PICKLE = 64_000_000  # bytes, of all that is not a tensor
+MAX_OPCODES = 2_000_000  # of the pickle, which take at most 500 MB of memory
+MAX_REUSES = 16  # of a pickle's containers
+MAX_BUFFER = 10_000_000  # elements of an encoder that are not in its state dict
+DTYPES = {torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.bool}
+CLASSES = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch FloatStorage"}
+CLASSES |= {f"torch {dtype}Storage" for dtype in ("Half", "BFloat16", "Long", "Int", "Bool")}
+IMAGE_ENCODER_ARGS = {  # of timm.create_model
+    "num_classes": range(1_000_000),
+    "in_chans": {3},
+    "global_pool": MaxLength(20),
+    "img_size": [{None}, range(1, 2049), list, tuple],
+    "drop_path_rate": [{None}, (0.0, 0.9)],
+}
+SCHEMA = {  # of the values that are not tensors
+    "format": {CHECKPOINT_FORMAT},
+    "config": {name: type(value) for name, value in asdict(Config()).items()},
+    "image_encoder": {"name": MaxLength(200), "arguments": IMAGE_ENCODER_ARGS},
+    "text_encoder": dict,
+    "tokenizer": MaxLength(20_000_000),
+    "example_query": MaxLength(10_000),
+    "schedule": dict,  # part of the file format, but never read: it follows from the settings
+    "scaler": dict,  # this and the next two are validated in trainer.py
+    "history": list,
+    "data": dict,
+}
+
+TRUNCATION = {"max_length": range(4, 513), "strategy": {"LongestFirst"}, "stride": {0}}
+TRUNCATION |= {"direction": {"Left", "Right"}}
+PADDING = {"strategy": {"BatchLongest"}, "pad_to_multiple_of": {None}, "pad_type_id": {0}}
+PADDING |= {"direction": {"Left", "Right"}, "pad_id": range(1_000_000), "pad_token": MaxLength(100)}
+TOKENIZER_PARTS = {  # components, none of which makes a text many times as long
+    "normalizer": "BertNormalizer Lowercase NFC NFD NFKC NFKD Nmt Precompiled Replace Strip "
+    "StripAccents",
+    "pre_tokenizer": "BertPreTokenizer ByteLevel Digits Metaspace Punctuation Whitespace "
+    "WhitespaceSplit",
+    "post_processor": "BertProcessing ByteLevel RobertaProcessing TemplateProcessing",
+    "model": "BPE Unigram WordLevel WordPiece",
+}
+REPLACED = ({"Regex": " {2,}"}, {"String": "``"}, {"String": "''"})  # by XLM-R and ALBERT
+REPLACED += ({"Regex": r"\s{2,}|[\n\r\t]"},)  # by DeBERTa-v2
+
+
+def _verify_archive(path: str | Path) -> tuple[list[tuple[str, int]], int]:
+    """Verifies the checksums of torch's file format, a zip archive with a record per tensor.
+
+    Returns names and checksums of the records, and the total size of the tensors in bytes. Raises
+    an exception that names a damaged record, and for a pickle that contains more than tensors and
+    plain values.
+    """
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+        if any(r.compress_type or r.compress_size != r.file_size for r in records):
+            raise ValueError("its records are compressed")
+        if sum(r.file_size for r in records) > os.path.getsize(path):
+            raise ValueError("its records are larger than the file")
+        if len({r.filename.lower() for r in records}) < len(records):
+            raise ValueError("it has two records of one name")
+        damaged = archive.testzip()
+        if damaged:
+            raise ValueError(f"its record {damaged} is damaged")
+        folder = records[0].filename.partition("/")[0]
+        if archive.getinfo(f"{folder}/data.pkl").file_size > MAX_PICKLE:
+            raise ValueError("its plain values are too large")
+        _check_pickle(archive.read(f"{folder}/data.pkl"))
+    num_bytes = sum(r.file_size for r in records if r.filename.startswith(f"{folder}/data/"))
+    return [(r.filename, r.CRC) for r in records], num_bytes
+
+
+def _check_pickle(pickle: bytes) -> None:
+    """Raises `ValueError` for other classes than those of plain tensors, and for too many values.
+
+    A container may be used again 16 times at most: with more, a small file could contain values
+    that are exponentially large when they are walked.
+    """
+    containers, num_reuses, previous = set(), 0, ""
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(pickle)):
+        name = opcode.name
+        if name == "GLOBAL" and argument not in CLASSES:
+            raise ValueError(f"it contains {short(argument)}, which is not a plain value")
+        if name.endswith("PUT") and previous.startswith(("TUPLE", "EMPTY", "REDUCE")):
+            containers.add(argument)
+        num_reuses += name.endswith("GET") and argument in containers
+        if count > MAX_OPCODES or num_reuses > MAX_REUSES:
+            raise ValueError("it has too many values")
+        previous = name
+
+
+def _validate_checkpoint(content: dict[str, Any], num_bytes: int) -> None:
+    """Raises an exception unless the content has the fields, types and bounds of a checkpoint."""
+    if content.get("format") != CHECKPOINT_FORMAT:
+        raise ValueError("its format is another one")
+    missing = REQUIRED - content.keys()
+    if content.keys() & TRAINING:
+        missing |= TRAINING - content.keys()
+    if missing:
+        raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+    fields = dict(content)
+    model, references = fields.pop("model"), fields.pop("references", {})
+    states = fields.pop("optimizer", {"state": {}})["state"]
+    groups = {"model": model, "references": references, **states}
+    _check_tensors(groups, num_bytes)
+    scale = model["logit_scale"]
+    if scale.ndim or not abs(scale.item()) <= math.log(MAX_LOGIT_SCALE) + 1e-4:
+        raise ValueError("its logit_scale is not a number within the clamp")
+    check_value(fields, SCHEMA, "its content")
+    for name, value in fields["text_encoder"].items():
+        check_value(value, _text_setting_rule(str(name)), f"its text encoder's {short(name)}")
+
+
+def _text_setting_rule(name: str) -> list[Any]:
+    """The values that `check_value` allows for a setting of a text encoder.
+
+    Numbers of layers and of groups are at most 100, other integers a million, and rates of dropout
+    lie in [0, 1]. Texts have at most 100 characters.
+    """
+    if "layers" in name or "group" in name:
+        return [range(101), {None}, MaxLength(100), list, dict]
+    largest = 1.0 if "drop" in name else 1e6
+    numbers = [range(-100, 1_000_001), (0.0, largest)]
+    return [*numbers, {None, True, False}, MaxLength(100), list, dict]
+
+
+def _check_tensors(groups: dict[Any, dict[str, Any]], num_bytes: int) -> None:
+    """Raises `ValueError` unless all are dense, with storages of their own, `num_bytes` in all."""
+    owners = set()
+    for group, tensors in groups.items():
+        for name, tensor in tensors.items():
+            if not _is_dense(tensor) or tensor.data_ptr() in owners:
+                raise ValueError(
+                    f"its {short(group)} {short(name)} is not a dense tensor of its own storage"
+                )
+            if tensor.numel():
+                owners.add(tensor.data_ptr())
+                num_bytes -= tensor.untyped_storage().nbytes()
+    if num_bytes:
+        raise ValueError("its tensors have other sizes than its records")
+
+
+def _is_dense(tensor: Any) -> bool:
+    """Whether it is a tensor of numbers that fills its storage, in any order of dimensions."""
+    if type(tensor) is not Tensor or tensor.dtype not in DTYPES or tensor.requires_grad:
+        return False
+    squeezed = tensor.squeeze()  # of dimensions of one element the stride has no meaning
+    order = sorted(range(squeezed.ndim), key=squeezed.stride, reverse=True)  # as channels_last
+    num_bytes = tensor.numel() * tensor.element_size()
+    fills = num_bytes == tensor.untyped_storage().nbytes()
+    return fills and not tensor.is_neg() and squeezed.permute(order).is_contiguous()
+
+
+def _validate_references(references: References, projection_dim: int) -> None:
+    if len(references.images) == 0:
+        raise ValueError("it has no references")
+    shape = (len(references.images), projection_dim)
+    for tensor in (references.images, references.texts):
+        if (
+            tensor.dtype is not torch.float16
+            or tensor.shape != shape
+            or not tensor.isfinite().all()
+        ):
+            raise ValueError("its references are not unit vectors of its embedding dimension")
+
+
+def read_tokenizer(text: str) -> Tokenizer:
+    """A tokenizer of known components, with padding and truncation, from its JSON text.
+
+    Raises an exception if it has other components, or does not pad and truncate.
+    """
+    parts = json.loads(text)
+    for part, rules in (("padding", PADDING), ("truncation", TRUNCATION)):
+        if not parts.get(part) or parts[part].keys() != rules.keys():
+            raise ValueError(f"its tokenizer has no {part}")
+        check_value(parts[part], rules, f"its {part}")
+    for part, known in TOKENIZER_PARTS.items():
+        _check_components(parts.get(part), known.split())
+    tokenizer = Tokenizer.from_str(json.dumps(parts))
+    examples = tokenizer.encode_batch(["a", "a large gr\u00fcn \u4e2d \U0001f600 " * 200])
+    lengths = {len(example.ids) for example in examples}
+    largest_id = max(max(example.ids) for example in examples)
+    if len(lengths) > 1 or max(lengths) > parts["truncation"]["max_length"]:
+        raise ValueError("its tokenizer does not pad and truncate")
+    if largest_id > max(tokenizer.get_vocab().values()) or parts["model"].get("dropout"):
+        raise ValueError("its tokenizer gives other ids than those of its vocabulary")
+    return tokenizer
+
+
+def _check_components(component: Any, known: list[str]) -> None:
+    """Raises an exception for components that are unknown, repeat, or make a text long."""
+    pending, kinds = [component] if component else [], []
+    while pending:
+        component = pending.pop()
+        kind = component["type"]
+        if kind == "Sequence":  # its components are its only list
+            pending += next(value for value in component.values() if type(value) is list)
+            continue
+        is_repeated = kind in kinds and kind != "Replace"
+        if kind not in known or is_repeated or len(kinds) > 10 or not _is_bounded(component):
+            raise ValueError(f"its tokenizer has {short(kind)}, which is not allowed")
+        kinds.append(kind)
+
+
+def _is_bounded(component: dict[str, Any]) -> bool:
+    """Whether a component replaces each letter by a few and adds a few tokens."""
+    if component["type"] == "Replace":
+        return component["pattern"] in REPLACED and len(component["content"]) <= 1
+    if component["type"] == "Precompiled":  # size of a trie, the trie, and what replaces letters
+        table = base64.b64decode(component["precompiled_charsmap"])
+        replacements = table[4 + int.from_bytes(table[:4], "little") :]
+        return max(map(len, replacements.split(b"\0"))) <= 64
+    if component["type"] == "TemplateProcessing":
+        added = [
+            piece["SpecialToken"]["id"]
+            for piece in component["single"]
+            if len(piece) == 1 and "SpecialToken" in piece
+        ]
+        tokens = component["special_tokens"]
+        has_ids = all(len(tokens[name]["ids"]) == 1 for name in added)
+        return has_ids and len(added) == len(component["single"]) - 1 <= 8
+    return True
+
+
 # ---------------------------------------------------------------- device
 
 
 def pick_device(name: str) -> torch.device:
     """The device of that name, ready for use. "auto" is CUDA, else MPS, else the CPU.
 
-    Each of the processes that torchrun starts on a machine takes a GPU of its own. Raises
-    `UserError` if the device cannot be used.
+    Each of the processes that torchrun starts on a machine takes a GPU of its own. Changes settings
+    of the whole process: the current device and TF32 on CUDA, `disable_malloc_trim` on the CPU.
+    Raises `UserError` if the device cannot be used.
     """
     if name == "auto" and torch.cuda.is_available():
         name = "cuda"

@@ -41,12 +41,10 @@ from config import (
     DEMO_DEFAULTS,
     Config,
     UserError,
-    check_value,
     cli_errors,
     parse,
     printable,
     progress,
-    short,
 )
 from data import (
     Split,
@@ -61,6 +59,7 @@ from data import (
     remove_leftovers,
 )
 from inference import (
+    DIRECTIONS,
     METRICS,
     RECALL_KS,
     RECALLS,
@@ -75,6 +74,7 @@ from models import (
     TrainingState,
     build_clip,
     chance_loss,
+    check_value,
     contrastive_loss,
     eval_image_size,
     freeze,
@@ -83,11 +83,12 @@ from models import (
     load_clip,
     make_checkpoint,
     pick_device,
+    short,
 )
 
 MAY_CHANGE_ON_RESUME = {"chunk_size", "data_dir", "download_url", "device", "epochs"}
 MAY_CHANGE_ON_RESUME |= {"num_workers", "resume", "allow_changed_data"}
-# The settings that `--init-from` takes from the checkpoint.
+# The settings that a run with `--init-from` cannot change.
 ARCHITECTURE = ("image_encoder", "text_encoder", "text_layers", "text_width", "projection_dim")
 ARCHITECTURE += ("max_length", "temperature")
 LOCK = ".lock"  # in a run's folder while a process trains the run; contains the process's id
@@ -144,10 +145,6 @@ def resumed_config(argv: list[str] | None, checkpoint: Checkpoint, path: str) ->
     epochs_done = len(checkpoint.training.history)
     if config.epochs < epochs_done:
         raise UserError(f"--epochs {config.epochs}: {path} has {epochs_done} epochs already")
-    if config.epochs != saved.epochs:
-        print(f"resume: {saved.epochs} epochs become {config.epochs}, with their learning rates")
-    elif epochs_done == config.epochs:
-        print(f"resume: all {epochs_done} epochs are done; a larger --epochs trains longer")
     return config
 
 
@@ -178,6 +175,8 @@ def initialized_config(argv: list[str] | None, checkpoint: Checkpoint, path: str
     saved = Config(**settings, pretrained=True, init_from=path)
     config = parse(Config, argv, default=saved)
     check_unchanged(config, saved, ARCHITECTURE)
+    if config.drop_path < 0:  # -1 is the encoder's rate, which the checkpoint has
+        config = replace(config, drop_path=saved.drop_path)
     return config
 
 
@@ -250,6 +249,10 @@ class Distributed:
         """Whether this process prints, validates and writes."""
         return self.rank == 0
 
+    @property
+    def is_first_of_machine(self) -> bool:
+        return os.environ.get("LOCAL_RANK", "0") == "0"
+
     def local_slice(self, batch_size: int) -> slice:
         """The part of each batch that this process encodes."""
         if batch_size % self.world_size:
@@ -288,8 +291,7 @@ class Distributed:
 
         The main process calls it twice, so a second call must do nothing.
         """
-        is_first_of_machine = os.environ.get("LOCAL_RANK", "0") == "0"
-        for has_turn in (self.is_main, is_first_of_machine):
+        for has_turn in (self.is_main, self.is_first_of_machine):
             if has_turn:
                 work()
             self.barrier()
@@ -330,7 +332,7 @@ class Run:
     ddp_model: nn.Module  # `model` itself if there is one process
     tokenizer: Tokenizer
     splits: dict[str, Split]
-    data_digest: dict[str, dict[str, Any]]  # see `data_digest`
+    data_digest: dict[str, dict[str, Any]]  # of the function of that name
     loader: DataLoader  # of the training batches of all epochs that remain
     dev_loader: DataLoader  # of the dev images
     optimizer: torch.optim.Optimizer
@@ -361,8 +363,9 @@ def train(config: Config, checkpoint: Checkpoint | None) -> None:
         except KeyboardInterrupt:
             command = f"python trainer.py --resume {shlex.quote(str(run.run_dir / 'last.pt'))}"
             sys.exit(f"stopped; resume with: {printable(command)}")
-        if run.writer:
-            run.writer.close()
+        finally:
+            if run.writer:
+                run.writer.close()
         dist.close()
 
 
@@ -527,13 +530,16 @@ def setup(config: Config, checkpoint: Checkpoint | None, dist: Distributed) -> R
         check_run_dir(run_dir, config, checkpoint)
     check_data_dir(config)
 
+    if config.resume:
+        print_resume(config, checkpoint)
+
     torch.manual_seed(config.seed)
     model, tokenizer, splits = setup_model_and_data(config, checkpoint, dist)
     digest = data_digest(splits)
     saved_digest = checkpoint.training.data if config.resume else None
     if saved_digest and not config.allow_changed_data:
         check_data_unchanged(saved_digest, digest, config)
-    else:
+    elif dist.is_first_of_machine:
         check_images(splits, eval_image_size(model.image, config))
 
     # -1, the default, becomes the encoder's rate: 0 if it has no stochastic depth.
@@ -554,7 +560,12 @@ def setup(config: Config, checkpoint: Checkpoint | None, dist: Distributed) -> R
     fused = dist.device.type in ("cpu", "cuda")  # not in every torch on other devices
     optimizer = torch.optim.AdamW(param_groups(model, config), fused=fused)
     total_steps = config.epochs * loader.batch_sampler.steps_per_epoch
-    scheduler = LambdaLR(optimizer, warmup_then_cosine(total_steps, config.warmup))
+    steps_done = start_epoch * loader.batch_sampler.steps_per_epoch
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]  # which LambdaLR requires to start at a later step
+    scheduler = LambdaLR(
+        optimizer, warmup_then_cosine(total_steps, config.warmup), last_epoch=steps_done - 1
+    )
     use_scaler = dist.precision is torch.float16
     scaler = torch.amp.GradScaler(dist.device.type, enabled=use_scaler)
     run = Run(
@@ -596,6 +607,15 @@ def check_run_dir(run_dir: Path, config: Config, checkpoint: Checkpoint | None) 
         )
     if config.resume and checkpoint.training.history and not best.exists():
         raise UserError(f"{best}: is missing; a run is resumed with its whole folder")
+
+
+def print_resume(config: Config, checkpoint: Checkpoint) -> None:
+    """Prints in which way the resumed run differs, if it trains longer or is finished."""
+    saved_epochs = checkpoint.config.epochs
+    if config.epochs != saved_epochs:
+        print(f"resume: {saved_epochs} epochs become {config.epochs}, with their learning rates")
+    elif config.epochs == len(checkpoint.training.history):
+        print(f"resume: all {saved_epochs} epochs are done; a larger --epochs trains longer")
 
 
 def setup_model_and_data(
@@ -692,7 +712,7 @@ def warmup_then_cosine(total_steps: int, warmup: float) -> Callable[[int], float
 
 
 def restore(run: Run, training: TrainingState, path: str) -> None:
-    """Sets the optimizer, scheduler and history of a new `Run` to those of a checkpoint.
+    """Sets the optimizer's state, the scaler and the history of a `Run` to those of a checkpoint.
 
     Only AdamW's averages, the scaler's scale and the history come from the file: the learning rates
     and the number of steps follow from the settings. Raises `UserError` for a state that does not
@@ -707,14 +727,6 @@ def restore(run: Run, training: TrainingState, path: str) -> None:
         raise UserError(f"--resume {path}: cannot be resumed: {error}") from None
     groups = run.optimizer.state_dict()["param_groups"]
     run.optimizer.load_state_dict({"state": state, "param_groups": groups})
-    lrs = [
-        lr * factor(num_steps)
-        for lr, factor in zip(run.scheduler.base_lrs, run.scheduler.lr_lambdas)
-    ]
-    for group, lr in zip(run.optimizer.param_groups, lrs):
-        group["lr"] = lr
-    schedule = {"last_epoch": num_steps, "_step_count": num_steps + 1, "_last_lr": lrs}
-    run.scheduler.load_state_dict(run.scheduler.state_dict() | schedule)
     if training.scaler:  # the precision may have needed none so far
         scale = {name: training.scaler[name] for name in ("scale", "_growth_tracker")}
         run.scaler.load_state_dict(run.scaler.state_dict() | scale)
@@ -822,7 +834,7 @@ def open_run_dir(run: Run) -> None:
         run.writer = SummaryWriter(run.run_dir / "events", purge_step=next_step)
     remove_leftovers(run.run_dir)
     if run.config.resume:
-        write_metrics(run)  # it may contain epochs that last.pt lacks
+        write_metrics(run)  # metrics.csv may contain epochs that last.pt lacks
         write_curves(run)
     else:
         save_checkpoint(run)
@@ -866,7 +878,8 @@ def validate_and_save(run: Run, loss: float, seconds: float) -> None:
     run.history.append(row | metrics)
     progress_text = f"epoch {epoch} of {run.config.epochs}: loss {loss:.3f}, {seconds:.0f} s"
     print(f"{progress_text}; dev {format_metrics(metrics)}")
-    log_scalars(run, epoch, {f"dev/{name}": value for name, value in metrics.items()})
+    global_step = epoch * run.steps_per_epoch
+    log_scalars(run, global_step, {f"dev/{name}": value for name, value in metrics.items()})
     if best_epoch(run.history) == epoch:
         weights = run.model.state_dict().items()
         run.best_weights = {name: value.to("cpu", copy=True) for name, value in weights}
@@ -933,8 +946,7 @@ def plot_curves(table: pd.DataFrame, chance: float, best: int) -> Figure:
     loss_ax.plot(table["epoch"], table["train_loss"], marker=".", label="training")
     loss_ax.axhline(chance, color="gray", linestyle=":", label="at chance")
     loss_ax.set(title="contrastive loss", xlabel="epoch", ylabel="nats", ylim=(0, None))
-    directions = ((t2i_ax, "t2i", "text to image"), (i2t_ax, "i2t", "image to text"))
-    for ax, direction, title in directions:
+    for ax, (direction, title) in zip((t2i_ax, i2t_ax), DIRECTIONS.items()):
         for k in RECALL_KS:
             ax.plot(table["epoch"], table[f"{direction}_r{k}"], marker=".", label=f"R@{k}")
         ax.set(title=f"{title}, dev split", xlabel="epoch", ylabel="recall, %", ylim=(0, 102))

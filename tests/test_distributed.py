@@ -357,10 +357,12 @@ def test_two_processes_resume_a_run_of_one(
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(trainer, "contrastive_loss", at_step(STEPS + 1, KeyboardInterrupt()))
         patch.setattr(trainer, "SAVE_SECONDS", 0)
-        trainer.main([*TINY, "--data-dir", str(shapes)])
+        trainer.main([*TINY, "--data-dir", str(shapes), "--epochs", "3"])
     first_epoch = curve(Path("runs/demo"))
     assert list(first_epoch["epoch"]) == ["1"]
-    torchrun(2, "trainer.py", "--resume", "runs/demo/last.pt", cwd=workdir)
+    command = ["trainer.py", "--resume", "runs/demo/last.pt", "--epochs", "2"]
+    result = torchrun(2, *command, cwd=workdir)
+    assert result.stdout.count("3 epochs become 2") == 1
     assert_finished(Path("runs/demo"), first_epoch)
 
 
@@ -395,6 +397,18 @@ def test_one_killed_process_stops_all_and_the_run_resumes(workdir: Path, shapes:
 
 
 # ---------------------------------------------------------------- one process
+
+
+@pytest.mark.parametrize(("local_rank", "count"), [("0", 1), ("1", 0)])
+def test_only_the_first_process_of_a_machine_checks_the_images(
+    local_rank: str, count: int, workdir: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
+):
+    checked = []
+    monkeypatch.setattr(trainer, "check_images", lambda *arguments: checked.append(arguments))
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    config = parse(Config, [*TINY, "--data-dir", str(shapes)])
+    trainer.setup(config, None, Distributed.init(config))
+    assert len(checked) == count
 
 
 @pytest.mark.slow

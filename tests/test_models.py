@@ -282,17 +282,18 @@ def test_contrastive_loss_has_a_gradient_for_every_input() -> None:
         assert gradient.abs().sum() > 0
 
 
-def test_clamp_logit_scale_limits_the_scale_to_100(small_model: tuple[CLIP, Tokenizer]) -> None:
-    """The temperature is 0.07 at the start, which is within the limit."""
+def test_clamp_logit_scale_limits_the_temperature(small_model: tuple[CLIP, Tokenizer]) -> None:
+    """To 0.01 at least and 100 at most. It is 0.07 at the start."""
     towers = small_model[0]
     model = CLIP(towers.image, towers.text, Config.temperature)
     assert model.logit_scale.requires_grad
     assert model.logit_scale.exp().item() == pytest.approx(1 / 0.07)
     model.clamp_logit_scale()
     assert model.logit_scale.exp().item() == pytest.approx(1 / 0.07)
-    model.logit_scale.data.fill_(9.0)
-    model.clamp_logit_scale()
-    assert model.logit_scale.exp().item() == pytest.approx(100)
+    for value, limit in ((9.0, 100), (-9.0, 0.01)):
+        model.logit_scale.data.fill_(value)
+        model.clamp_logit_scale()
+        assert model.logit_scale.exp().item() == pytest.approx(limit)
 
 
 # ---------------------------------------------------------------- encoders

@@ -5,6 +5,7 @@ import multiprocessing
 import shlex
 import shutil
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -341,6 +342,25 @@ def test_best_epoch_is_the_last_with_the_largest_sum(sums, best):
 
     assert len(RECALLS) == 6
     assert best_epoch([row(epoch, total) for epoch, total in enumerate(sums, start=1)]) == best
+
+
+def test_tensorboard_gets_loss_and_recalls_by_step(workdir, shapes, monkeypatch):
+    """With recalls on the axis of the loss. A run that is stopped closes its file too."""
+    scalars, closed = [], []
+
+    class Writer:
+        def __init__(self, *_: object, **__: object) -> None:
+            self.add_scalar = lambda name, value, step: scalars.append((name, step))
+            self.close = lambda: closed.append(True)
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: True)
+    module = SimpleNamespace(SummaryWriter=Writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    monkeypatch.setattr(trainer, "contrastive_loss", at_step(2 * STEPS + 1, KeyboardInterrupt()))
+    error_message(main, *TINY, "--epochs", "3", "--data-dir", shapes)
+    for name in ("train/loss", "train/lr", "dev/t2i_r1", "dev/i2t_medr"):
+        assert [step for logged, step in scalars if logged == name] == [STEPS, 2 * STEPS]
+    assert closed == [True]
 
 
 # ---------------------------------------------------------------- resuming
@@ -954,6 +974,14 @@ def test_init_from_has_the_dropout_of_the_new_run(trained, workdir, shapes):
     assert (run.config.dropout, run.config.drop_path) == (0.2, 0.3)
     assert run.model.image.head.dropout.p == run.model.text.head.dropout.p == 0.2
     assert run.model.image.encoder.drop_path == 0.3
+
+
+def test_init_from_with_drop_path_minus_one_keeps_that_of_the_checkpoint(trained):
+    checkpoint = load_checkpoint(trained / "best.pt")
+    checkpoint.config = replace(checkpoint.config, drop_path=0.3)
+    argv = ["--init-from", str(trained / "best.pt"), "--drop-path", "-1"]
+    config = trainer.initialized_config(argv, checkpoint, str(trained / "best.pt"))
+    assert config.drop_path == 0.3
 
 
 @pytest.mark.parametrize(
