@@ -75,8 +75,8 @@ class Config:
     image_encoder: str = "resnet50"  # name of a timm model, or local-dir:FOLDER
     text_encoder: str = "distilbert-base-uncased"  # name or folder of a transformers text encoder
     pretrained: bool = True  # start from pretrained encoders
-    freeze_image_encoder: float = 0.5  # fraction of a pretrained image encoder frozen, input first
-    freeze_text_encoder: float = 0.0  # fraction of a pretrained text encoder frozen, input first
+    freeze_image_encoder: float = 0.5  # fraction of its pretrained tensors frozen, input first
+    freeze_text_encoder: float = 0.0  # fraction of its pretrained tensors frozen, input first
     text_layers: int = 0  # layers of a text encoder from scratch; 0: the architecture's default
     text_width: int = 0  # hidden size of a text encoder from scratch; 0: the default
     projection_dim: int = 256  # embedding dimension
@@ -95,7 +95,7 @@ class Config:
     clip_norm: float = 1.0  # gradient-norm clip
     # run
     name: str = "clip"  # the run is saved in runs/NAME
-    seed: int = 0  # the same seed gives the same run
+    seed: int = 0  # the same seed gives the same run on a CPU
     device: str = "auto"  # auto: cuda, mps or cpu, whichever is there; or a name such as cuda:1
     precision: Precision = "auto"  # of the forward pass; auto: 16 bits on CUDA, else float32
     demo: bool = False  # train small encoders on generated shapes, two minutes on a CPU
