@@ -179,7 +179,10 @@ def load_two_captions() -> None:
 
 @change("two captions per image")
 def two_captions() -> None:
-    """The mean of two losses over the same images, each with other captions."""
+    """The mean of two losses over the same images, each with other captions.
+
+    Unlike in the recipe, equal captions of different images are negatives.
+    """
     original_loss = models.contrastive_loss
 
     def loss(
@@ -269,7 +272,10 @@ class GeneralizedPooling(nn.Module):
 
 
 def replace_pooling(build: Callable[[ImageEncoder], nn.Module]) -> None:
-    """Pools the feature map (B, C, H, W) of the image encoder by a module of its own."""
+    """Pools the feature map (B, C, H, W) of the image encoder by a module of its own.
+
+    Its tensors count where half of the encoder's tensors are frozen, but stay trained.
+    """
     original_init = ImageEncoder.__init__
     original_groups = trainer.param_groups
 
@@ -398,6 +404,7 @@ def soft_targets() -> None:
     """Half of each target is one-hot, the other half the tutorial's soft target.
 
     The soft target is the softmax of the similarities among the images and among the captions.
+    Unlike in the recipe, equal captions of different images are negatives.
     """
 
     def loss(
@@ -414,6 +421,8 @@ def soft_targets() -> None:
 
 @change("label smoothing 0.1")
 def label_smoothing() -> None:
+    """Unlike in the recipe, equal captions of different images are negatives."""
+
     def loss(
         images: Tensor, texts: Tensor, logit_scale: Tensor, local_slice: slice, *_: Tensor
     ) -> Tensor:
@@ -432,15 +441,16 @@ def hard_negatives() -> None:
     original_loss = models.contrastive_loss
 
     def loss(
-        images: Tensor, texts: Tensor, logit_scale: Tensor, local_slice: slice, *_: Tensor
+        images: Tensor, texts: Tensor, logit_scale: Tensor, local_slice: slice, ids: Tensor
     ) -> Tensor:
+        contrastive = original_loss(images, texts, logit_scale, local_slice, ids)
         cosines = images @ texts.T  # (B, D) @ (D, B)
         positives = cosines.diag()
         negatives = cosines - 2 * torch.eye(len(cosines), device=cosines.device)
         # The hardest negative image of each text, and the hardest negative text of each image.
         text_hinge = (0.2 + negatives.amax(dim=0) - positives).relu().mean()
         image_hinge = (0.2 + negatives.amax(dim=1) - positives).relu().mean()
-        return original_loss(images, texts, logit_scale) + text_hinge + image_hinge
+        return contrastive + text_hinge + image_hinge
 
     trainer.contrastive_loss = loss
 
@@ -516,7 +526,8 @@ def train_with_change(options: Namespace) -> list[str]:
     else:
         flags += changed
     config = parse(Config, flags)
-    with tempfile.TemporaryDirectory() as folder:
+    # Windows does not delete the current folder.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         os.chdir(folder)
         run = trainer.setup(config, None, trainer.Distributed.init(config))
         started = time.perf_counter()
