@@ -234,13 +234,11 @@ def parse(
     """
     if argv is None and "ipykernel" in sys.modules:
         argv = []  # in a notebook, sys.argv contains the arguments of the kernel
-    cli = functools.partial(tyro.cli, settings, args=argv, config=(DisallowNone,))
-    if default is not None:
-        return cli(default=default)
-    parsed = cli()
-    if isinstance(parsed, Config) and parsed.demo:
-        return cli(default=Config(**DEMO_DEFAULTS))
-    return parsed
+    given = sys.argv[1:] if argv is None else argv
+    if settings is Config and default is None and "--demo" in given:
+        default = Config(**DEMO_DEFAULTS)
+    options = {} if default is None else {"default": default}
+    return tyro.cli(settings, args=argv, config=(DisallowNone,), **options)
 
 
 def cli_errors(main: Callable[..., None]) -> Callable[..., None]:
@@ -287,6 +285,8 @@ def _known_cause(error: Exception) -> str | None:
     number = getattr(error, "errno", None)
     if type(error).__name__ == "OutOfMemoryError":  # compared by name: torch is not imported here
         return f"out of memory; try --chunk-size 32 in training, --device cpu in search: {line}"
+    if "MPS backend out of memory" in message:  # where --chunk-size is not supported
+        return f"out of memory; try a smaller --batch-size, or --device cpu: {line}"
     if isinstance(error, MemoryError) or number == errno.ENOMEM or "CPUAllocator" in message:
         return f"out of memory; try --num-workers 0, and --chunk-size 32 in training: {line}"
     if "TORCHELASTIC_RUN_ID" in os.environ and re.search("gloo|NCCL", message):

@@ -123,6 +123,14 @@ def test_help_has_one_entry_for_each_flag(
     assert [entry.flags for entry in entries] == expected
 
 
+def test_help_with_demo_has_the_defaults_of_the_demo(capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit):
+        trainer.main(["--demo", "--help"])
+    texts = {entry.flags[0]: entry.text for entry in help_entries(capsys.readouterr().out)}
+    assert "(default: data/shapes)" in texts["--data-dir"]
+    assert "(default: 7)" in texts["--epochs"]
+
+
 # ---------------------------------------------------------------- precedence
 
 
