@@ -18,6 +18,7 @@ import json
 import logging
 import math
 import os
+import platform
 import posixpath
 import re
 import shutil
@@ -69,7 +70,15 @@ CAPTION_FILE = re.compile(
     re.IGNORECASE,
 )
 TOKEN_LINE = re.compile(r"[^\t]+#\d+\t")
-KARPATHY_SPLITS = {"train": "train", "restval": "train", "val": "dev", "test": "test"}
+SPLIT_NAMES = {  # in a caption file; the field trains on "restval" too
+    "train": "train",
+    "restval": "train",
+    "dev": "dev",
+    "val": "dev",
+    "valid": "dev",
+    "validation": "dev",
+    "test": "test",
+}
 
 
 class CaptionRow(NamedTuple):
@@ -116,15 +125,18 @@ def _encoding(start: bytes) -> str:
     return "utf-16" if is_utf16 else "utf-8-sig"
 
 
-def _find_parser(path: Path) -> CaptionParser | UserError:
-    """The function that reads a caption file, by its name and first line, or what is wrong."""
+def _find_parser(path: Path) -> CaptionParser:
+    """The function that reads a caption file, by its name and first line.
+
+    Raises `UserError` if there is none.
+    """
     if path.suffix.lower() == ".json":
         return _read_karpathy
     try:
         with path.open("rb") as file:
             head = file.read(2**16)
     except OSError as error:
-        return UserError(f"{path}: {error.strerror}")
+        raise UserError(f"{path}: {error.strerror}") from None
     lines = head.decode(_encoding(head), errors="replace").splitlines()
     header = next((line for line in lines if line.strip()), "")
     if path.name.lower() == "flickr8k.token.txt" or TOKEN_LINE.match(header):
@@ -132,7 +144,7 @@ def _find_parser(path: Path) -> CaptionParser | UserError:
     _, columns = _parse_header(header)
     if set(columns) & set(IMAGE_COLUMNS) and set(columns) & set(CAPTION_COLUMNS):
         return _read_table
-    return UserError(
+    raise UserError(
         f"{path}, row 1: columns {columns}, but 'image' and 'caption' are needed, "
         f"or others of {', '.join((*IMAGE_COLUMNS[1:], *CAPTION_COLUMNS[1:]))}"
     )
@@ -173,7 +185,7 @@ def _find_column(path: Path, columns: list[str], names: tuple[str, ...]) -> int:
 
 
 def _read_table(path: Path) -> Iterator[CaptionRow | UserError]:
-    """Rows of a table with a column of images and one of captions; others are ignored.
+    """Rows of a table with a column of images, one of captions, and perhaps one named "split".
 
     Not pandas: all cells are text, so that "None", "NA" and "007" stay captions.
     """
@@ -182,6 +194,7 @@ def _read_table(path: Path) -> Iterator[CaptionRow | UserError]:
     file.seek(0)
     image = _find_column(path, columns, IMAGE_COLUMNS)
     caption = _find_column(path, columns, CAPTION_COLUMNS)
+    split = columns.index("split") if "split" in columns else None
     file_name = str(path)
     rows = _csv_rows(file, separator)
     number, header = next(rows)
@@ -195,12 +208,23 @@ def _read_table(path: Path) -> Iterator[CaptionRow | UserError]:
         while len(cells) > len(columns) and not cells[-1].strip():
             cells.pop()  # empty columns from a spreadsheet
         if len(cells) == len(columns):
-            yield CaptionRow(source, cells[image].strip(), cells[caption])
+            name = cells[image].strip()
+            in_split = "" if split is None else SPLIT_NAMES.get(cells[split].strip().lower(), "")
+            for text in _captions_of_cell(cells[caption]):
+                yield CaptionRow(source, name, text, in_split)
             continue
         reason = f"{len(cells)} cells under {len(columns)} columns"
         if len(cells) > len(columns):
             reason += f"; quote captions that contain {SEPARATORS[separator]}"
         yield UserError(f"{source}: {reason}")
+
+
+def _captions_of_cell(cell: str) -> list[str]:
+    """One caption, or those of a JSON list, as in the Flickr30k of Hugging Face."""
+    if cell.startswith('["'):
+        with suppress(ValueError):
+            return [str(text) for text in json.loads(cell)]
+    return [cell]
 
 
 def _csv_rows(file: TextIO, separator: str) -> Iterator[tuple[int, list[str] | csv.Error]]:
@@ -229,7 +253,7 @@ def _csv_rows(file: TextIO, separator: str) -> Iterator[tuple[int, list[str] | c
 def _read_karpathy(path: Path) -> Iterator[CaptionRow]:
     """Rows of `dataset_*.json`, the captions and splits of Flickr8k, Flickr30k and COCO.
 
-    By Karpathy and Fei-Fei (arXiv 1412.2306); the field trains on "restval" too.
+    By Karpathy and Fei-Fei (arXiv 1412.2306).
     """
     number = 0
     gc.disable()  # else it visits the dicts of the file again and again
@@ -238,7 +262,7 @@ def _read_karpathy(path: Path) -> Iterator[CaptionRow]:
         for number, image in enumerate(content["images"]):
             source = f"{path}, image {number}"
             name = posixpath.join(image.get("filepath", ""), image["filename"])
-            split = KARPATHY_SPLITS.get(image.get("split"), "")
+            split = SPLIT_NAMES.get(image.get("split"), "")
             for sentence in image["sentences"]:
                 yield CaptionRow(source, name, str(sentence["raw"]), split)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
@@ -296,21 +320,22 @@ def find_layout(data_dir: str | Path) -> Layout:
         captions_file, read = _find_captions(folder, files)
     else:
         raise UserError(f"--data-dir {data_dir}: no such folder")
-    if isinstance(read, UserError):
-        raise read
     image_dir = _find_image_dir(folder, files, captions_file)
     return Layout(folder, files, errors, captions_file, read, image_dir)
 
 
-def _find_captions(folder: Path, files: list[str]) -> tuple[Path, CaptionParser | UserError]:
-    """The caption file, and its parser or what is wrong with it; see `find_layout`."""
+def _find_captions(folder: Path, files: list[str]) -> tuple[Path, CaptionParser]:
+    """The caption file and its parser; see `find_layout`."""
     unfit: list[tuple[Path, UserError]] = []
     for depth in (0, 1):
         names = [name for name in files if name.count("/") == depth]
         paths = [folder / name for name in names if CAPTION_FILE.match(posixpath.basename(name))]
-        parsers = [(path, _find_parser(path)) for path in sorted(paths) if path.is_file()]
-        unfit += [(path, parser) for path, parser in parsers if isinstance(parser, UserError)]
-        fitting = [(path, parser) for path, parser in parsers if callable(parser)]
+        fitting = []
+        for path in filter(Path.is_file, sorted(paths)):
+            try:
+                fitting.append((path, _find_parser(path)))
+            except UserError as error:
+                unfit.append((path, error))
         if len(fitting) > 1:
             listed = ", ".join(str(path) for path, _ in fitting)
             raise UserError(
@@ -321,7 +346,7 @@ def _find_captions(folder: Path, files: list[str]) -> tuple[Path, CaptionParser 
     # Say what is wrong with the file that is named like a caption file, or with the only table.
     unfit = [(path, error) for path, error in unfit if "caption" in path.name.lower()] or unfit
     if len(unfit) == 1:
-        return unfit[0]
+        raise unfit[0][1]
     raise UserError(f"{folder}: contains no caption file; {EXPECTED_LAYOUT}")
 
 
@@ -367,13 +392,13 @@ class ImageNames:
         cut = len(self.prefix)
         self.in_image_dir = {name[cut:] for name in layout.files if name.startswith(self.prefix)}
 
-    def find(self, name: str, source: str, in_split_list: bool = False) -> str | None:
+    def find(self, name: str, source: str) -> str | None:
         """The image that is meant, as a path relative to the image folder; None if there is none.
 
         `name` is a path relative to the image folder, the caption file or the data folder, the end
-        of such a path, or an absolute path. Case, backslashes and Unicode form do not matter. In a
-        caption file the suffix may be missing too. Raises `UserError`, which begins with `source`,
-        if several files fit or if a path in a caption file leads out of the data folder.
+        of such a path, or an absolute path. Case, backslashes and Unicode form do not matter, and
+        the suffix may be missing. Raises `UserError`, which begins with `source`, if several files
+        fit or if the path leads out of the data folder.
         """
         if name in self.in_image_dir:
             return name
@@ -387,14 +412,13 @@ class ImageNames:
         for path in paths:
             if path in self.files:
                 return self._below_image_dir(path)
-        by_end, by_stem = self._files_by_path_end
-        for files in (by_end,) if in_split_list else (by_end, by_stem):
+        for files in self._files_by_path_end:
             for fitting in filter(None, (files.get(_normalized(path)) for path in paths)):
                 if len(fitting) > 1:
                     listed = ", ".join(sorted(fitting)[:3])
                     raise UserError(f"{source}: {name!r} could be any of {listed}")
                 return self._below_image_dir(fitting[0])
-        if not in_split_list and (is_absolute or ".." in path.split("/")):
+        if is_absolute or ".." in path.split("/"):
             image_dir = self.layout.image_dir
             raise UserError(f"{source}: {name!r} is not the name of a file in {image_dir}")
         # The listing passes over hidden folders and the like.
@@ -413,9 +437,9 @@ class ImageNames:
         folder, image_dir = self.layout.folder, self.layout.image_dir
         roots = [(os.path.abspath(folder), ""), (os.path.realpath(folder), "")]
         for root, prefix in (*roots, (os.path.realpath(image_dir), self.prefix)):
-            root = root.replace("\\", "/").rstrip("/") + "/"
-            if path.startswith(root):
-                return [prefix + path.removeprefix(root)]
+            root_parts = _normalized(root.replace("\\", "/").rstrip("/")).split("/")
+            if _normalized(path).split("/")[: len(root_parts)] == root_parts:
+                return [prefix + "/".join(path.split("/")[len(root_parts) :])]
         return []
 
     def _below_image_dir(self, path: str) -> str:
@@ -428,8 +452,6 @@ class ImageNames:
         by_name, by_stem = defaultdict(list), defaultdict(list)
         for file in self.files:
             parts = _normalized(file).split("/")
-            if parts[-1].startswith("."):  # hidden
-                continue
             for start in range(len(parts)):
                 end = "/".join(parts[start:])
                 by_name[end].append(file)
@@ -496,7 +518,8 @@ def read_splits(data_dir: str | Path) -> dict[str, Split]:
     """Reads the images and captions of a folder, and prints what was read and what was left out.
 
     See `find_layout` for the supported folders, and `ImageNames` for the names of images. The
-    splits are those of a `dataset_*.json`, or of the lists `Flickr_8k.{train,dev,test}Images.txt`.
+    splits are those of a `dataset_*.json`, of a column "split" of a table, or of the lists
+    `Flickr_8k.{train,dev,test}Images.txt`.
     Without them a tenth of the images, at most 1,000, is held out for dev, and as many for test.
 
     Returns the splits "train", "dev" and "test". Raises `UserError` with file and row for what
@@ -614,8 +637,7 @@ def _read_split_lists(folder: Path, names: ImageNames) -> dict[str, set[str]]:
         for row, line in enumerate(_open_text(file), start=1):
             name = line.strip()
             if name:
-                found = names.find(name, f"{file}, row {row}", in_split_list=True)
-                lists[split].add(found or Path(name).as_posix())
+                lists[split].add(names.find(name, f"{file}, row {row}") or name)
     _check_disjoint(lists, files)
     return lists
 
@@ -628,7 +650,10 @@ def _check_disjoint(lists: dict[str, set[str]], files: dict[str, Path]) -> None:
 
 
 def _hash_split(folder: Path, names: list[str]) -> dict[str, set[str]]:
-    """Splits images by the hash of their names, so that adding images moves few others."""
+    """Splits images by the hash of their names, so that adding images moves few others.
+
+    Folders do not count: the folder that the names are relative to depends on what is added.
+    """
     if len(names) < 10:
         raise UserError(
             f"{folder}: without split lists at least 10 images with captions are needed, "
@@ -639,7 +664,7 @@ def _hash_split(folder: Path, names: list[str]) -> dict[str, set[str]]:
         f"data: no split lists; by the hash of their names "
         f"{held_out} images are held out for dev and {held_out} for test"
     )
-    order = sorted(names, key=_hash)
+    order = sorted(names, key=lambda name: (_hash(posixpath.basename(name)), name))
     return {
         "train": set(order[2 * held_out :]),
         "dev": set(order[:held_out]),
@@ -734,7 +759,7 @@ def _staging_dir(folder: Path) -> Iterator[Path]:
     Of several processes of this machine that fill one at the same time, the first one's is kept.
     Raises `UserError` if it cannot be written.
     """
-    staging = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    staging = _temporary(folder)
     for leftover in _leftovers(folder.parent):
         if leftover.name.startswith(f"{folder.name}."):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -1077,12 +1102,15 @@ class Transform:
         return _resize(_square_crop(pixels, 0.5), self.size)
 
     def augment(self, pixels: np.ndarray, caption: str, rng: np.random.Generator) -> np.ndarray:
-        """A random view of the image, determined by `rng`, for which `caption` stays true."""
+        """A random view of the image, determined by `rng`.
+
+        It is not flipped if the (English) caption mentions left or right.
+        """
         # Albumentations has generators of its own, of which each worker has a copy: seed them.
         seed = int(rng.integers(2**31))
         self.crop.set_random_seed(seed)
         self.jitter.set_random_seed(seed)
-        mentions_side = re.search(r"\b(left|right)\b", caption, re.IGNORECASE)
+        mentions_side = re.search(r"\b(left|right)(most|hand|wards?)?\b", caption, re.IGNORECASE)
         if rng.random() < 0.5 and not mentions_side:
             pixels = self.flip(pixels)
         pixels = _square_crop(pixels, position=rng.random())
@@ -1253,7 +1281,7 @@ def _workers_for_gpu() -> int:
     """One for each core that this process may use, beside the others that torchrun started."""
     cores = os.cpu_count()
     if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))  # of a container or a job, not of the whole machine
+        cores = len(os.sched_getaffinity(0))  # fewer in a Slurm job or a container's CPU set
     cores_per_process = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return max(4, min(cores_per_process, 16))
 
@@ -1336,11 +1364,16 @@ def remove_leftovers(folder: Path) -> None:
             path.unlink()
 
 
+def _temporary(path: Path) -> Path:
+    """A name beside `path`, unique among the processes of all machines that share its folder."""
+    return path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}.tmp")
+
+
 def _leftovers(folder: Path) -> list[Path]:
-    """The files and folders in `folder` named NAME.PID.tmp after a process that has ended."""
+    """The `_temporary` files and folders of processes of this machine that have ended."""
     leftovers = []
     for path in folder.glob("*.tmp"):
-        named = re.fullmatch(r".+\.([0-9]+)\.tmp", path.name)
+        named = re.fullmatch(rf".+\.{re.escape(platform.node())}\.([0-9]+)\.tmp", path.name)
         if named and not _is_running(int(named[1])):
             leftovers.append(path)
     return leftovers
@@ -1364,7 +1397,7 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     At no time is the file missing or incomplete, even if the process is killed. Raises `UserError`
     if it cannot be written; the former content is then unchanged.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # unique among processes
+    temporary = _temporary(path)
     try:
         with temporary.open("wb") as file:
             write(file)

@@ -71,7 +71,7 @@ def without_network() -> list[str]:
 def script(
     *command: str, cwd: Path, network: bool = True, processes: int = 0
 ) -> subprocess.CompletedProcess:
-    """Runs `trainer.py ...` or `inference.py ...` as a process, or as several by torchrun."""
+    """Runs a script such as `trainer.py ...` as a process, or as several by torchrun."""
     name, *arguments = command
     prefix = [] if network else without_network()
     torchrun = []

@@ -921,13 +921,14 @@ def is_flipped(pixels: Tensor) -> bool:
 
 def test_augment_never_flips_if_caption_mentions_left_or_right(tmp_path: Path):
     sided = ["a dog on the left", "Right: a dog", "a RIGHT-handed man", "the dog's left, muddy paw"]
+    sided += ["the leftmost dog", "a righthand turn", "it looks rightward"]
     plain = ["a dog on the grass", "a bright light", "a leftover pie", "two dogs"]
     split = half_red_images(tmp_path, sided + plain)
     flips = Counter()
     for epoch in load_epochs(split, tuple(range(25)), batch_size=8):
         flips.update(caption for caption, pixels in epoch if is_flipped(pixels))
     assert not set(flips) & set(sided)
-    assert all(3 <= flips[caption] <= 22 for caption in plain[::3]), flips
+    assert all(3 <= flips[caption] <= 22 for caption in plain), flips
 
 
 def test_augment_crops_and_jitters_as_albumentations_does():

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Callable
@@ -58,6 +59,10 @@ def main_that_raises(error: BaseException) -> Callable[..., None]:
         (RuntimeError("Too many open files. Communication"), "--num-workers 0: Too many"),
         (system_error(errno.ENOMEM), "out of memory; try --num-workers 0"),
         (MemoryError(), "out of memory; try --num-workers 0, and --chunk-size 32"),
+        (
+            RuntimeError("MPS backend out of memory (MPS"),
+            "out of memory; try a smaller --batch-size",
+        ),
         (RuntimeError(ALLOCATOR + "\nmore"), "DefaultCPUAllocator: can't allocate memory: 9 GB"),
     ],
 )
@@ -186,8 +191,9 @@ def test_generate_shapes_keeps_the_folder_of_a_faster_process(
 def test_generate_shapes_removes_leftovers_of_killed_processes(workdir: Path) -> None:
     ended = subprocess.Popen(["true"])
     ended.wait()
-    for leftover in (f"shapes.{ended.pid}.tmp", f"shapes.{os.getpid()}.tmp"):
-        (workdir / "data" / leftover / "Images").mkdir(parents=True)
+    for pid in (ended.pid, os.getpid()):
+        leftover = workdir / f"data/shapes.{platform.node()}.{pid}.tmp"
+        (leftover / "Images").mkdir(parents=True)
     (workdir / "data/other.1.tmp").mkdir()
     generate_shapes(Path("data/shapes"), train=8, dev=1, test=1)
     assert sorted(os.listdir("data")) == ["other.1.tmp", "shapes"]

@@ -1,6 +1,7 @@
 """A run's folder has one writer, is never lost to another run, and keeps its data set."""
 
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -145,11 +146,15 @@ def test_trainer_removes_temporary_files_of_dead_processes_only(
     run_dir = Path(shutil.copytree(trained, "runs/demo"))
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    (run_dir / f"last.pt.{dead.pid}.tmp").touch()
-    in_use = run_dir / f"last.pt.{os.getppid()}.tmp"
-    in_use.touch()
+    (run_dir / f"last.pt.{platform.node()}.{dead.pid}.tmp").touch()
+    kept = {
+        run_dir / f"last.pt.{platform.node()}.{os.getppid()}.tmp",
+        run_dir / f"last.pt.another-machine.{dead.pid}.tmp",
+    }
+    for path in kept:
+        path.touch()
     main(["--resume", "runs/demo/last.pt", "--data-dir", str(shapes)])
-    assert list(run_dir.glob("*.tmp")) == [in_use]
+    assert set(run_dir.glob("*.tmp")) == kept
 
 
 # ---------------------------------------------------------------- a changed data set

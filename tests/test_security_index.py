@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -142,8 +143,8 @@ def test_search_removes_leftovers_of_killed_searches_only(checkpoint: Path, imag
     index = checkpoint.with_suffix(".index")
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    leftover = index / f"a.json.{dead.pid}.tmp"
-    in_use = index / f"a.npy.{os.getppid()}.tmp"
+    leftover = index / f"a.json.{platform.node()}.{dead.pid}.tmp"
+    in_use = index / f"a.npy.{platform.node()}.{os.getppid()}.tmp"
     leftover.touch()
     in_use.touch()
     search(checkpoint, images)
