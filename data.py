@@ -518,9 +518,9 @@ def read_splits(data_dir: str | Path) -> dict[str, Split]:
     """Reads the images and captions of a folder, and prints what was read and what was left out.
 
     See `find_layout` for the supported folders, and `ImageNames` for the names of images. The
-    splits are those of a `dataset_*.json`, of a column "split" of a table, or of the lists
-    `Flickr_8k.{train,dev,test}Images.txt`.
-    Without them a tenth of the images, at most 1,000, is held out for dev, and as many for test.
+    splits are those of a `dataset_*.json`, of a table's column "split", or of the lists
+    `Flickr_8k.{train,dev,test}Images.txt`. Without them a tenth of the images, at most 1,000, is
+    held out for dev, and as many for test.
 
     Returns the splits "train", "dev" and "test". Raises `UserError` with file and row for what
     cannot be read, an image in two splits, an empty split, and more than 1 % of the captions
@@ -614,7 +614,13 @@ def _captions_by_image(
         _leave_out(len(missing), num_captions, reason, f"{layout.captions_file}: {example}")
     if lists:
         _check_disjoint(lists, dict.fromkeys(SPLITS, layout.captions_file))
-        lists = {split: lists.get(split, set()) for split in SPLITS}
+        missing_splits = [split for split in SPLITS if split not in lists]
+        if missing_splits:
+            raise UserError(
+                f"{layout.captions_file}: its splits have no image of {missing_splits[0]}; "
+                "train, dev (or val) and test are needed, or no splits"
+            )
+        lists = {split: lists[split] for split in SPLITS}
     return captions, lists
 
 

@@ -478,6 +478,12 @@ def test_read_splits_reads_the_table_of_hugging_face_flickr30k(tmp_path: Path):
     assert names_by_split(splits) == LISTS
 
 
+def test_read_splits_rejects_a_column_of_splits_without_dev(tmp_path: Path):
+    rows = "image,caption,split\na.jpg,a,train\nb.jpg,b,train\nc.jpg,c,Test\n"
+    message = user_error(read_splits, own_layout(tmp_path, rows))
+    assert "captions.csv: its splits have no image of dev; train, dev (or val) and" in message
+
+
 def test_read_splits_takes_a_bracket_as_part_of_a_caption(tmp_path: Path):
     table = TABLE + 'a.jpg,"[""a"" dog"\n'
     captions = captions_by_image(read_splits(own_layout(tmp_path, table)))
