@@ -685,6 +685,38 @@ def test_command_prints_score_and_cosine(
     assert header in capsys.readouterr().out.splitlines()
 
 
+def test_similar_has_no_hub_correction(corrected: Path, image_dir: Path) -> None:
+    searcher = Searcher(corrected, "cpu", 0)
+    assert searcher.nnn
+    image = min(image_dir.glob("*.png"))
+    paths, embeddings = searcher.index_images(image_dir)
+    cosines = (embeddings @ searcher.encode_images([image]).T)[:, 0]
+    matches = searcher.similar(image, image_dir, 100)
+    assert len(matches) == len(paths)
+    for match in matches:
+        assert match.score == match.cosine
+        assert match.score == pytest.approx(cosines[paths.index(match.path)].item(), abs=1e-5)
+
+
+def test_search_subtracts_the_bias_of_images_new_in_the_index(
+    corrected: Path, image_dir: Path
+) -> None:
+    search(corrected, image_dir)
+    Image.new("RGB", (90, 90), "blue").save(image_dir / "new.png")
+    updated = search(corrected, image_dir)
+    shutil.rmtree(corrected.with_suffix(".index"))
+    for matches, expected in zip(updated, search(corrected, image_dir), strict=True):
+        assert_same_matches(matches, expected)
+
+
+@pytest.mark.parametrize("flags", [[], ["--no-nnn"]])
+def test_evaluate_prints_the_metrics_with_hub_correction(
+    flags: list[str], corrected: Path, shapes: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run(corrected, "--data-dir", shapes, "--evaluate", *flags)
+    assert ("with hub correction: " in capsys.readouterr().out) == (not flags)
+
+
 # ---------------------------------------------------------------- similar images, the Python API
 
 
@@ -780,3 +812,26 @@ def test_plot_probabilities_shows_each_as_a_number(image_dir: Path) -> None:
     labels = [text.get_text() for text in bar_ax.texts]
     assert labels == ["0.750", "0.250"]
     assert bar_ax.get_xlim()[1] > 1  # room for the numbers
+
+
+def test_query_image_has_the_size_of_the_indexed_images(checkpoint: Path, image_dir: Path) -> None:
+    """Of a run with augmentation, whose images are larger in evaluation than in training."""
+    content = torch.load(checkpoint, weights_only=True)
+    content["config"] |= {"augment": True, "image_size": 64}
+    torch.save(content, checkpoint)
+    searcher = Searcher(checkpoint, "cpu", 0)
+    paths, embeddings = searcher.index_images(image_dir)
+    torch.testing.assert_close(searcher.encode_images(paths), embeddings, rtol=0, atol=1e-5)
+
+
+def test_classify_gives_the_softmax_of_the_scaled_cosines(
+    checkpoint: Path, image_dir: Path
+) -> None:
+    """As the loss does, with the temperature that was learned."""
+    searcher = Searcher(checkpoint, "cpu", 0)
+    image = min(image_dir.glob("*.png"))
+    cosines = (searcher.encode_images([image]) @ searcher.encode_texts(QUERIES).T)[0]
+    scale = load_checkpoint(checkpoint).model["logit_scale"].exp()
+    expected = dict(zip(QUERIES, (scale * cosines).softmax(dim=0).tolist(), strict=True))
+    for match in searcher.classify(image, QUERIES):
+        assert match.score == pytest.approx(expected[match.query], abs=1e-5)

@@ -287,6 +287,21 @@ def test_top_matches_memory_does_not_grow_with_the_index(monkeypatch: pytest.Mon
     assert peaks[1] < 1.2 * peaks[0]
 
 
+@pytest.mark.parametrize("num_queries", [1, 4])
+def test_top_matches_are_exact_for_an_index_beyond_the_cache(
+    num_queries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By threads, each of which reads a part of the images."""
+    monkeypatch.setattr(inference, "CACHED_BYTES", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    images = torch.randn(1000, 16, generator=torch.Generator().manual_seed(0))
+    queries = images[-num_queries:]
+    scores, indices = top_matches(queries, images, 1000)
+    expected_scores, expected_indices = (queries @ images.T).sort(descending=True)
+    assert indices.tolist() == expected_indices.tolist()
+    torch.testing.assert_close(scores, expected_scores)
+
+
 # ---------------------------------------------------------------- hub correction
 
 
@@ -344,3 +359,62 @@ def test_hub_bias_of_fewer_references_than_k_is_their_mean() -> None:
     references = normalize(torch.randn(3, 8), dim=-1)
     expected = inference.NNN_ALPHA * (embeddings @ references.T).mean(dim=1)
     torch.testing.assert_close(inference.hub_bias(embeddings, references), expected)
+
+
+def test_encode_references_samples_pairs_by_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most 10,000, and none of fewer than 1,000."""
+
+    def vectors(names: list[str]) -> Tensor:
+        numbers = [int(name.partition(" ")[0]) for name in names]
+        return torch.tensor([[n // 128, n % 128] for n in numbers]).float()  # exact in float16
+
+    def encode_texts(_: object, __: object, texts: list[str], ___: object) -> Tensor:
+        captions.append(texts)
+        return -vectors(texts)
+
+    def encode_images(_: object, paths: list[Path], *__: object) -> tuple[Tensor, dict]:
+        return vectors([path.name for path in paths]), {}
+
+    def sample(count: int, seed: int) -> inference.References | None:
+        paths = [Path(str(i)) for i in range(count)]
+        split = Split(paths, [[f"{i} one", f"{i} two"] for i in range(count)])
+        config = Config(seed=seed)
+        return inference.encode_references(model, None, split, config, torch.device("cpu"))
+
+    captions: list[list[str]] = []
+    model = SimpleNamespace(image=None, text=None)
+    monkeypatch.setattr(inference, "encode_texts", encode_texts)
+    monkeypatch.setattr(inference, "encode_images", encode_images)
+    first, again, other = sample(10_500, 3), sample(10_500, 3), sample(10_500, 4)
+    for references in (first, again, other):
+        assert len(references.images.unique(dim=0)) == len(references.images) == 10_000
+        assert torch.equal(references.images, -references.texts)
+    assert torch.equal(first.images, again.images)
+    assert not torch.equal(first.images, other.images)
+    assert captions[0] == captions[1] != captions[2]
+    assert {text.partition(" ")[2] for text in captions[0]} == {"one", "two"}
+    assert sample(999, 0) is None
+    assert len(sample(1000, 0).images) == 1000
+
+
+def test_evaluate_corrects_images_by_texts_and_texts_by_images(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images, texts, of_images, of_texts = (
+        normalize(torch.randn(count, 8, generator=generator), dim=-1) for count in (20, 40, 30, 30)
+    )
+    references = inference.References(of_images.half(), of_texts.half())
+    split = Split([Path(str(i)) for i in range(20)], [[f"{i} a", f"{i} b"] for i in range(20)])
+    monkeypatch.setattr(inference, "encode_texts", lambda *_: texts)
+    monkeypatch.setattr(inference, "encode_images", lambda *_: (images, {}))
+    model = SimpleNamespace(image=None, text=None)
+    metrics = evaluate(model, None, split, Config(), torch.device("cpu"), references, loader=[])
+    expected = retrieval_metrics(
+        images,
+        texts,
+        torch.arange(20).repeat_interleave(2),
+        image_bias=inference.hub_bias(images, references.texts),
+        text_bias=inference.hub_bias(texts, references.images),
+    )
+    assert {name: metrics[f"{name}_nnn"] for name in METRICS} == expected

@@ -318,6 +318,20 @@ def test_encode_text_ignores_padding(kind: str) -> None:
     torch.testing.assert_close(padded, alone, rtol=0, atol=1e-5)
 
 
+def test_text_encoder_is_the_mean_of_the_last_hidden_states(
+    small_model: tuple[CLIP, Tokenizer],
+) -> None:
+    """Over the tokens of each text, without padding."""
+    model, tokenizer = small_model
+    encoder = model.text.encoder
+    with torch.no_grad():
+        features = encoder(*tokenize(tokenizer, CAPTIONS))
+        for caption, feature in zip(CAPTIONS, features, strict=True):
+            ids, mask = tokenize(tokenizer, [caption])
+            hidden_states = encoder.model(input_ids=ids, attention_mask=mask).last_hidden_state
+            torch.testing.assert_close(feature, hidden_states[0].mean(dim=0), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["test_resnet", "mobilenetv3_small_050"])
 def test_image_encoder_normalizes_pixels_as_timm(name: str) -> None:
     encoder = ImageEncoder(name, 64).eval()

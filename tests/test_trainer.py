@@ -528,6 +528,26 @@ def test_resume_starts_a_new_grad_scaler(stopped, workdir, shapes, monkeypatch):
     assert training.scaler == scalers[0].state_dict()
 
 
+def test_resume_restores_the_grad_scaler(trained, workdir, shapes):
+    """With the steps that it did not skip, which the settings do not determine."""
+    last = Path("runs/demo/last.pt")
+    shutil.copytree(trained, last.parent)
+    content = torch.load(last, weights_only=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    content["scaler"] = scaler.state_dict() | {"_growth_tracker": 7}
+    for state in content["optimizer"]["state"].values():
+        state["step"].fill_(5.0)
+    torch.save(content, last)
+    checkpoint = load_checkpoint(last)
+    flags = ["--resume", str(last), "--data-dir", str(shapes)]
+    config = trainer.resumed_config(flags, checkpoint, str(last))
+    dist = trainer.Distributed(torch.device("cpu"), torch.float16, rank=0, world_size=1)
+    run = trainer.setup(config, checkpoint, dist)
+    assert run.scaler.state_dict() == content["scaler"]
+    steps = {state["step"].item() for state in run.optimizer.state_dict()["state"].values()}
+    assert steps == {5.0}
+
+
 def test_resume_rejects_best_pt(trained, workdir):
     message = error_message(main, "--resume", trained / "best.pt")
     assert "best.pt" in message
@@ -748,6 +768,50 @@ def test_warmup_then_cosine_is_half_in_the_middle_of_the_decay():
     assert warmup_then_cosine(100, 0.2)(60) == pytest.approx(0.5)
 
 
+# ---------------------------------------------------------------- the training step
+
+
+def test_train_step_takes_no_equal_captions_as_negatives(workdir, shapes):
+    """Pairs that all have one caption have no negatives, and so no loss."""
+    config = parse(Config, [*TINY, "--data-dir", str(shapes)])
+    run = trainer.setup(config, None, trainer.Distributed.init(config))
+    batch = next(iter(run.loader))
+    batch["caption_ids"] = torch.zeros_like(batch["caption_ids"])
+    assert trainer.train_step(run, batch).item() == 0
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.float16])
+def test_train_step_clips_the_gradients_and_clamps_the_logit_scale(workdir, shapes, precision):
+    """In float16 the norm is that of the gradients without the scaler's factor."""
+    config = parse(Config, [*TINY, "--data-dir", str(shapes), "--clip-norm", "0.01"])
+    dist = trainer.Distributed(torch.device("cpu"), precision, rank=0, world_size=1)
+    run = trainer.setup(config, None, dist)
+    assert run.scaler.is_enabled() == (precision is torch.float16)
+    run.scaler.load_state_dict(run.scaler.state_dict() | {"scale": 64.0})  # without overflow
+    run.model.logit_scale.data.fill_(4.7)  # more than log(100)
+    norms = []
+
+    def record_norm(*_: object) -> None:
+        gradients = [parameter.grad.flatten() for parameter in run.model.parameters()]
+        norms.append(torch.cat(gradients).norm().item())
+
+    run.optimizer.register_step_post_hook(record_norm)
+    trainer.train_step(run, next(iter(run.loader)))
+    assert norms == [pytest.approx(0.01, rel=1e-3)]
+    assert run.model.logit_scale.exp().item() == pytest.approx(100)
+
+
+def test_train_epoch_returns_the_mean_loss_of_all_steps(workdir, shapes, monkeypatch):
+    """Each counted once, although losses are read every few steps."""
+    monkeypatch.setattr(trainer, "LOG_EVERY", 2)
+    config = parse(Config, [*TINY, "--data-dir", str(shapes)])
+    run = trainer.setup(config, None, trainer.Distributed.init(config))
+    losses = iter(torch.arange(STEPS).square().float())
+    monkeypatch.setattr(trainer, "train_step", lambda *_: next(losses))
+    mean = trainer.train_epoch(run, 0, iter(run.loader))
+    assert mean == pytest.approx(sum(i**2 for i in range(STEPS)) / STEPS)
+
+
 # ---------------------------------------------------------------- errors
 
 
@@ -919,6 +983,15 @@ def tensors_before_training(workdir: Path, shapes: Path) -> dict[str, Tensor]:
     return tensors(workdir / "runs/first/last.pt")
 
 
+def test_frozen_encoder_is_not_in_train_mode():
+    """So that its dropout is off, while the head that is trained has its own."""
+    model, _ = build(CONFIG)
+    models.freeze(model.text.encoder, 1.0)
+    trainer.set_train_mode(model, CONFIG)
+    assert not model.text.encoder.training
+    assert model.text.head.training and model.image.encoder.training
+
+
 # ---------------------------------------------------------------- fine-tuning and training longer
 
 
@@ -976,12 +1049,13 @@ def test_init_from_has_the_dropout_of_the_new_run(trained, workdir, shapes):
     assert run.model.image.encoder.drop_path == 0.3
 
 
-def test_init_from_with_drop_path_minus_one_keeps_that_of_the_checkpoint(trained):
+def test_init_from_keeps_drop_path_and_image_size_of_the_checkpoint(trained):
+    """Unless others are passed; -1 is no other rate."""
     checkpoint = load_checkpoint(trained / "best.pt")
     checkpoint.config = replace(checkpoint.config, drop_path=0.3)
     argv = ["--init-from", str(trained / "best.pt"), "--drop-path", "-1"]
     config = trainer.initialized_config(argv, checkpoint, str(trained / "best.pt"))
-    assert config.drop_path == 0.3
+    assert (config.drop_path, config.image_size) == (0.3, checkpoint.config.image_size)
 
 
 @pytest.mark.parametrize(
