@@ -256,12 +256,17 @@ def test_index_is_rebuilt_with_a_message_when_damaged(
     assert encoded == []
 
 
-def test_index_is_rebuilt_for_another_eval_scale(
-    checkpoint: Path, image_dir: Path, encoded: list[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("constant", ["EVAL_SCALE", "DECODING", "NNN_K", "NNN_ALPHA"])
+def test_index_is_rebuilt_for_another_way_of_encoding(
+    constant: str,
+    checkpoint: Path,
+    image_dir: Path,
+    encoded: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     search(checkpoint, image_dir)
     encoded.clear()
-    monkeypatch.setattr(inference, "EVAL_SCALE", 8 / 7)
+    monkeypatch.setattr(inference, constant, getattr(inference, constant) + 1)
     search(checkpoint, image_dir)
     assert len(encoded) == 10
 

@@ -780,6 +780,15 @@ def test_train_step_takes_no_equal_captions_as_negatives(workdir, shapes):
     assert trainer.train_step(run, batch).item() == 0
 
 
+@pytest.mark.parametrize(
+    ("device", "has_bfloat16", "expected"),
+    [("cuda", True, torch.bfloat16), ("cuda", False, torch.float16), ("cpu", True, torch.float32)],
+)
+def test_auto_precision_is_what_the_device_supports(device, has_bfloat16, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: has_bfloat16)
+    assert trainer._training_precision(Config(), torch.device(device)) is expected
+
+
 @pytest.mark.parametrize("precision", [torch.float32, torch.float16])
 def test_train_step_clips_the_gradients_and_clamps_the_logit_scale(workdir, shapes, precision):
     """In float16 the norm is that of the gradients without the scaler's factor."""
