@@ -236,15 +236,15 @@ def _csv_rows(file: TextIO, separator: str) -> Iterator[tuple[int, list[str] | c
     csv.field_size_limit(2**31 - 1)
     # Flickr30k's table has a space after each bar, and captions that begin with a quotation mark.
     skip_space = separator != "|"
-    reader = csv.reader(file, delimiter=separator, skipinitialspace=skip_space, strict=True)
+    table = csv.reader(file, delimiter=separator, skipinitialspace=skip_space, strict=True)
     while True:
-        number = reader.line_num + 1
+        number = table.line_num + 1
         try:
-            cells = next(reader)
+            cells = next(table)
         except StopIteration:
             return
         except csv.Error as error:
-            yield from [(number, error)] * (reader.line_num + 1 - number)
+            yield from [(number, error)] * (table.line_num + 1 - number)
             continue
         if "".join(cells).strip():
             yield number, cells

@@ -83,7 +83,7 @@ NNN_K = 16  # nearest references, of at least MIN_REFERENCES
 NNN_ALPHA = 0.75  # weight of the bias
 MAX_REFERENCES = 10_000
 MIN_REFERENCES = 1000  # 100 hurt, 1,000 help (tests/benchmarks/RESULTS.md)
-MAX_PLOTTED = 20  # queries in a figure, each of which takes half a second
+MAX_PLOTTED = 20  # queries in a figure; a thousand would take minutes to plot
 THUMBNAIL_SIDE = 300  # pixels
 DARK = 16  # an image whose pixels are all below this, of 255, is nearly black
 
@@ -619,7 +619,7 @@ class Searcher:
 
         Searches the images in the folder `images` and its subfolders, or without one the test
         images of the data set that the model was trained on. Each call lists the folder and
-        verifies the index, which takes about a second for 20,000 images: pass many queries at once.
+        verifies the index: pass many queries at once.
         """
         queries = _as_list(queries)
         vectors = self.encode_texts(queries)  # (Q, D)

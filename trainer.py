@@ -251,6 +251,7 @@ class Distributed:
 
     @property
     def is_first_of_machine(self) -> bool:
+        """Whether this process generates and checks the data of its machine."""
         return os.environ.get("LOCAL_RANK", "0") == "0"
 
     def local_slice(self, batch_size: int) -> slice:
@@ -559,12 +560,8 @@ def setup(config: Config, checkpoint: Checkpoint | None, dist: Distributed) -> R
     dev_loader = build_image_loader(model.image, splits["dev"].paths, config, dist.device)
     fused = dist.device.type in ("cpu", "cuda")  # not in every torch on other devices
     optimizer = torch.optim.AdamW(param_groups(model, config), fused=fused)
-    total_steps = config.epochs * loader.batch_sampler.steps_per_epoch
-    steps_done = start_epoch * loader.batch_sampler.steps_per_epoch
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]  # which LambdaLR requires to start at a later step
-    scheduler = LambdaLR(
-        optimizer, warmup_then_cosine(total_steps, config.warmup), last_epoch=steps_done - 1
+    scheduler = build_scheduler(
+        optimizer, config, loader.batch_sampler.steps_per_epoch, start_epoch
     )
     use_scaler = dist.precision is torch.float16
     scaler = torch.amp.GradScaler(dist.device.type, enabled=use_scaler)
@@ -610,7 +607,7 @@ def check_run_dir(run_dir: Path, config: Config, checkpoint: Checkpoint | None) 
 
 
 def print_resume(config: Config, checkpoint: Checkpoint) -> None:
-    """Prints in which way the resumed run differs, if it trains longer or is finished."""
+    """Prints a line if the number of epochs has changed, or if all epochs are done."""
     saved_epochs = checkpoint.config.epochs
     if config.epochs != saved_epochs:
         print(f"resume: {saved_epochs} epochs become {config.epochs}, with their learning rates")
@@ -693,6 +690,16 @@ def param_groups(model: CLIP, config: Config) -> list[dict[str, Any]]:
         groups.append({"params": decay, "lr": lr, "weight_decay": config.weight_decay})
         groups.append({"params": no_decay, "lr": lr, "weight_decay": 0.0})
     return [group for group in groups if group["params"]]
+
+
+def build_scheduler(
+    optimizer: torch.optim.Optimizer, config: Config, steps_per_epoch: int, start_epoch: int
+) -> LambdaLR:
+    """The learning rates of all steps, at the first step of `start_epoch`."""
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]  # which LambdaLR requires to start at a later step
+    factor = warmup_then_cosine(config.epochs * steps_per_epoch, config.warmup)
+    return LambdaLR(optimizer, factor, last_epoch=start_epoch * steps_per_epoch - 1)
 
 
 def warmup_then_cosine(total_steps: int, warmup: float) -> Callable[[int], float]:
